@@ -1,0 +1,122 @@
+"""Shared memory beside the pipe, for payloads of a MiB and more.
+
+Owns: one memfd with one writer and one reader. Each executor inherits two of them, one per direction, so no
+descriptor ever has to be sent, nothing has a name that could be left behind, and the kernel frees all of it with the
+last process. The file is sealed against shrinking: a reader that maps it can't be made to fault.
+
+1. The writer puts a payload into a free block (`put`) and sends the Blob in its message.
+2. The reader reads or views it and sends Free(offset).
+3. The writer takes the block back (`free`) and uses it again: pages that were touched before cost no fault, which
+   is most of what a fresh 64 MiB buffer costs. What is kept beyond RETAIN_BYTES goes back to the kernel.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from typing import Final
+
+from gen_worker.pipe.messages import Blob
+
+BLOB_THRESHOLD_BYTES: Final = 1024 * 1024
+"""Payloads from this size on go through the arena, smaller ones in the frame."""
+
+RETAIN_BYTES: Final = 64 * 1024 * 1024
+"""Free blocks keep at most this many touched bytes."""
+
+
+class ArenaError(Exception):
+    """A blob that can't be in this arena: the other end is broken."""
+
+
+def create_arena(name: str) -> int:
+    """A new, empty arena's file descriptor, close-on-exec, sealed against shrinking."""
+    fd = os.memfd_create(f"gen-worker-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    return fd
+
+
+class ArenaWriter:
+    """The writing end. Blocks have power-of-two sizes, so that a freed one fits the next payload of its kind."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._end = os.fstat(fd).st_size
+        self._free: dict[int, list[int]] = {}
+        self._used: dict[int, int] = {}
+        self._free_bytes = 0
+
+    def put(self, data: bytes | bytearray | memoryview) -> Blob:
+        """Copy `data` in. Raises OSError when the kernel has no memory for it."""
+        view = memoryview(data).cast("B")
+        block = 1 << (max(len(view), BLOB_THRESHOLD_BYTES) - 1).bit_length()
+        offset = self._take(block)
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._fd, view[done:], offset + done)
+        except OSError:
+            self.free(offset)
+            raise
+        return Blob(offset, len(view))
+
+    def free(self, offset: int) -> None:
+        """The reader is done with the block at `offset`. Raises ArenaError when there is none."""
+        block = self._used.pop(offset, None)
+        if block is None:
+            raise ArenaError(f"no block at offset {offset} is in use")
+        if self._free_bytes + block > RETAIN_BYTES:
+            with mmap.mmap(self._fd, block, offset=offset) as mapped:
+                mapped.madvise(mmap.MADV_REMOVE)
+        else:
+            self._free_bytes += block
+        self._free.setdefault(block, []).append(offset)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _take(self, block: int) -> int:
+        offsets = self._free.get(block)
+        if offsets:
+            offset = offsets.pop()
+            self._free_bytes = max(0, self._free_bytes - block)
+        else:
+            offset = self._end
+            self._end += block
+            os.ftruncate(self._fd, self._end)
+        self._used[offset] = block
+        return offset
+
+
+class ArenaReader:
+    """The reading end. It checks each blob against the file, since the other end may be broken."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._map: mmap.mmap | None = None
+
+    def read(self, blob: Blob) -> bytes:
+        """A copy of the blob. Raises ArenaError."""
+        self._check(blob)
+        data = os.pread(self._fd, blob.size, blob.offset)
+        if len(data) != blob.size:
+            raise ArenaError(f"read {len(data)} of a blob's {blob.size} bytes")
+        return data
+
+    def view(self, blob: Blob) -> memoryview:
+        """The blob in place, valid until its Free is sent. Raises ArenaError."""
+        self._check(blob)
+        if self._map is None or blob.offset + blob.size > len(self._map):
+            # The old map lives on for as long as views of it do.
+            self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
+        return memoryview(self._map)[blob.offset : blob.offset + blob.size]
+
+    def close(self) -> None:
+        self._map = None
+        os.close(self._fd)
+
+    def _check(self, blob: Blob) -> None:
+        size = os.fstat(self._fd).st_size
+        if blob.offset < 0 or blob.size < 0 or blob.offset + blob.size > size:
+            raise ArenaError(f"a blob of {blob.size} bytes at {blob.offset} is outside of an arena of {size}")

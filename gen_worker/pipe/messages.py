@@ -1,0 +1,205 @@
+"""Every message that crosses the pipe between the supervisor and an executor.
+
+Each is a frozen, tagged msgspec Struct, encoded as a MessagePack array `[tag, field, ...]`: no pickle
+ever crosses. Fields are only ever appended, with a default; tests/unit/test_messages.py pins each encoded shape.
+
+Runs are named by `key`, an integer that the supervisor never uses twice, so that a late message of
+one run can't be taken for another that reuses its `run_id`.
+
+    supervisor -> executor              executor -> supervisor
+    Init        once, first             Ready       once, when it can take runs
+    Run, Cancel, Credit                 Event, Result
+    LoadModel, UnloadModel              ModelLoaded, ModelUnloaded
+    Free        a blob was read         Free
+    Shutdown                            Fatal       why it is about to leave
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+PIPE_PROTOCOL: Final = 1
+"""Raised when a change breaks the other end; both ends compare it at start."""
+
+ErrorType = Literal[
+    "validation", "retryable", "resource", "canceled", "fatal", "auth", "internal", "timeout"
+]
+"""The error types that the scheduler knows."""
+
+CancelCause = Literal["canceled", "timeout"]
+
+FunctionMode = Literal["sync", "async", "generator", "async_generator", "websocket"]
+
+
+class Blob(msgspec.Struct, frozen=True, array_like=True):
+    """A payload that lies in the sender's shared-memory arena instead of in the frame."""
+
+    offset: int
+    size: int
+
+
+Payload = bytes | Blob
+
+
+class Failure(msgspec.Struct, frozen=True, array_like=True):
+    """Why something failed, in the scheduler's terms; the one shape that every failing message uses.
+
+    `safe_message` is for end users; `detail` (the wire's error_message) is for operators.
+    """
+
+    error_type: ErrorType
+    safe_message: str
+    detail: str = ""
+    retryable: bool = False
+
+
+class InjectionInfo(msgspec.Struct, frozen=True, array_like=True):
+    """One injected model parameter. `type_name` is the qualified name of what is injected."""
+
+    param: str
+    type_name: str
+    source: Literal["deployment", "payload"]
+    key: str
+
+
+class FunctionInfo(msgspec.Struct, frozen=True, array_like=True):
+    """What the supervisor needs to know of one tenant function; schemas are compact sorted JSON."""
+
+    name: str
+    mode: FunctionMode
+    input_schema: bytes = b""
+    output_schema: bytes = b""
+    delta_schema: bytes = b""
+    injections: tuple[InjectionInfo, ...] = ()
+    max_concurrency: int = 0
+    """At once on one executor; 0: not limited by the function itself."""
+
+
+# -- supervisor -> executor -----------------------------------------------------------------------
+
+
+class Init(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """Everything an executor is told before it imports tenant code."""
+
+    protocol: int
+    slot: int
+    device: str
+    """A torch device string: `cuda:0` (its one pinned GPU) or `cpu`."""
+    modules: tuple[str, ...]
+    """Modules to import; empty: the tenant's modules are looked for under project_root."""
+    project_root: str
+    run_dir: str
+    threads: int
+    cancel_grace_s: float
+    max_output_bytes: int
+    max_delta_bytes: int
+    """0: no limit, as for the two around it."""
+    max_delta_events: int
+    runtime_loaders: dict[str, str]
+
+
+class Run(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    key: int
+    run_id: str
+    function: str
+    payload: Payload
+    models: dict[str, str]
+    """Injected parameter -> model id; each was loaded by a LoadModel before."""
+    timeout_ms: int
+    deadline: float
+    """Epoch seconds; 0.0: none."""
+    tenant_id: str
+    user_id: str
+    window: int
+    """Event bytes that may be under way before a Credit gives more."""
+
+
+class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    key: int
+    cause: CancelCause
+
+
+class Credit(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """`size` bytes of this run's events went to the scheduler: as many more may follow."""
+
+    key: int
+    size: int
+
+
+class LoadModel(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    model_id: str
+    type_name: str
+    root_dir: str
+    files: dict[str, str]
+    metadata: dict[str, str]
+
+
+class UnloadModel(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    model_id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    """Leave at once with exit code 0; sent only when no run is left."""
+
+
+class Free(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """Both ways: the blob at `offset` of the receiver's arena was read and may be reused."""
+
+    offset: int
+
+
+# -- executor -> supervisor -----------------------------------------------------------------------
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag=20):
+    protocol: int
+    functions: tuple[FunctionInfo, ...]
+    versions: dict[str, str]
+    """Of torch, cuda, tensorrt, onnxruntime and python, as far as they are there."""
+
+
+class Event(msgspec.Struct, frozen=True, array_like=True, tag=21, rename={"type": "event_type"}):
+    key: int
+    type: str
+    payload: bytes
+    """UTF-8 JSON, as the scheduler gets it."""
+
+
+class Result(msgspec.Struct, frozen=True, array_like=True, tag=22):
+    key: int
+    output: Payload = b""
+    failure: Failure | None = None
+
+
+class ModelLoaded(msgspec.Struct, frozen=True, array_like=True, tag=23):
+    model_id: str
+    type_name: str
+    device_bytes: int
+    """By which the load raised what the allocator holds on the device; 0 on the CPU."""
+    seconds: float
+    failure: Failure | None = None
+
+
+class ModelUnloaded(msgspec.Struct, frozen=True, array_like=True, tag=24):
+    model_id: str
+    device_bytes: int
+    failure: Failure | None = None
+
+
+class Fatal(msgspec.Struct, frozen=True, array_like=True, tag=25):
+    """The executor can't serve (any more) and leaves right after this."""
+
+    reason: Literal["import", "signature", "no_functions", "protocol", "device", "poisoned", "internal"]
+    message: str
+    """One line for the log."""
+    detail: str = ""
+
+
+Downward = Init | Run | Cancel | Credit | LoadModel | UnloadModel | Shutdown | Free
+Upward = Ready | Event | Result | ModelLoaded | ModelUnloaded | Fatal | Free
+
+encode = msgspec.msgpack.Encoder().encode
+decode_downward = msgspec.msgpack.Decoder(Downward).decode
+decode_upward = msgspec.msgpack.Decoder(Upward).decode

@@ -1,0 +1,284 @@
+"""One child process: its start, its pipe, its output lines, its end.
+
+Owns: the process, the supervisor's end of its pipe, the two arenas and the pipes behind its stdout and stderr.
+
+1. `spawn` execs `python -P -m executor` in a session of its own, from the main thread (a thread that exits would fire
+   the child's parent-death signal).
+2. Frames go out in one write per turn of the event loop, and come in many per wake-up.
+3. The death is noticed by a pidfd at once. What the child had already written to its pipe is read first, so a
+   result that was sent is never lost to the death that followed it; then `on_exit` is called, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from gen_worker.pipe.arena import ArenaReader, ArenaWriter, create_arena
+from gen_worker.pipe.frames import FrameDecoder, FrameError, encode_frame
+
+log = logging.getLogger(__name__)
+
+READ_BYTES: Final = 256 * 1024
+LINE_BYTES: Final = 8 * 1024
+"""A longer line of output is cut into several."""
+LAST_LINES: Final = 40
+LAST_READS: Final = 64
+"""How much is still read of a dead child's output, in reads of 64 KiB."""
+PIPE_BUFFER_BYTES: Final = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ExitCause:
+    """Why a child is gone: what the system says, and what we knew before (`reason`, "" when nothing)."""
+
+    returncode: int
+    reason: str
+
+    def __str__(self) -> str:
+        if self.returncode < 0:
+            number = -self.returncode
+            try:
+                words = f"killed by {signal.Signals(number).name}"
+            except ValueError:
+                words = f"killed by signal {number}"
+        else:
+            words = f"exited with code {self.returncode}"
+        return f"{words} ({self.reason})" if self.reason else words
+
+
+class Child(asyncio.BufferedProtocol):
+    """A running child. `on_frame` gets each whole frame, `on_line` each line of output, `on_exit` the end.
+
+    `on_writable` is called when it reads again after it had not.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_frame: Callable[[bytes], None],
+        on_line: Callable[[str, str], None],
+        on_writable: Callable[[], None],
+        on_exit: Callable[[ExitCause], None],
+    ) -> None:
+        self._on_frame = on_frame
+        self._on_line = on_line
+        self._on_writable = on_writable
+        self._on_exit = on_exit
+        self._loop = asyncio.get_running_loop()
+        self._decoder = FrameDecoder()
+        self._buffer = memoryview(bytearray(READ_BYTES))
+        self._outgoing: list[bytes] = []
+        self._transport: asyncio.Transport | None = None
+        self._reason = ""
+        self._exited = False
+        self._writable = True
+        self._outputs: list[_OutputLines] = []
+        self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
+        """The end of its stderr (and stdout, in order of arrival)."""
+
+    async def spawn(self, module: str, arguments: list[str], env: Mapping[str, str], cwd: str) -> None:
+        """Start `python -P -m module`. Raises OSError when the process can't be started."""
+        ours, theirs = multiprocessing.Pipe(duplex=True)
+        down, up = create_arena("down"), create_arena("up")
+        stdout_read, stdout_write = os.pipe()
+        stderr_read, stderr_write = os.pipe()
+        fds = ["--pipe-fd", str(theirs.fileno()), "--down-fd", str(down), "--up-fd", str(up)]
+        command = [sys.executable, "-P", "-m", module, *fds, "--parent-pid", str(os.getpid()), *arguments]
+        try:
+            self._process = subprocess.Popen(  # noqa: S603  (our own interpreter and module)
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout_write,
+                stderr=stderr_write,
+                pass_fds=(theirs.fileno(), down, up),
+                env=dict(env),
+                cwd=cwd,
+                start_new_session=True,
+            )
+        except OSError:
+            for fd in (stdout_read, stderr_read, down, up):
+                os.close(fd)
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(stdout_write)
+            os.close(stderr_write)
+        self.pid = self._process.pid
+        self.arena_down = ArenaWriter(down)
+        self.arena_up = ArenaReader(up)
+        self._socket = socket.socket(fileno=os.dup(ours.fileno()))
+        ours.close()
+        self._socket.setblocking(False)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, PIPE_BUFFER_BYTES)
+        self._pidfd = os.pidfd_open(self.pid)
+        self._loop.add_reader(self._pidfd, self._on_pidfd)
+        self._outputs = [
+            _OutputLines(self._loop, stdout_read, "stdout", self._take_line),
+            _OutputLines(self._loop, stderr_read, "stderr", self._take_line),
+        ]
+        await self._loop.create_unix_connection(lambda: self, sock=self._socket)
+
+    # -- towards the child --------------------------------------------------------------------
+
+    @property
+    def writable(self) -> bool:
+        """False while the child does not read and a buffer's worth waits for it."""
+        return self._writable
+
+    def send(self, body: bytes) -> None:
+        """Queue one frame; dropped when the child is gone."""
+        if self._exited:
+            return
+        if not self._outgoing:
+            self._loop.call_soon(self._flush)
+        self._outgoing.append(encode_frame(body))
+
+    def kill(self, reason: str) -> None:
+        """SIGKILL to the child and all that it started in its session. The first reason is kept."""
+        if self._exited:
+            return
+        self._reason = self._reason or reason
+        self._signal_group(signal.SIGKILL)
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            log.debug("process group %d is already gone", self.pid)
+
+    def _flush(self) -> None:
+        if self._outgoing and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(b"".join(self._outgoing))
+        self._outgoing.clear()
+
+    # -- asyncio.BufferedProtocol -------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=PIPE_BUFFER_BYTES)
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._feed(self._buffer[:nbytes])
+
+    def eof_received(self) -> bool:
+        self._broken("it closed its pipe")
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._broken(f"its pipe broke: {exc}" if exc else "it closed its pipe")
+
+    def pause_writing(self) -> None:
+        self._writable = False
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        self._on_writable()
+
+    def _feed(self, data: memoryview) -> None:
+        if self._exited:
+            return
+        try:
+            for body in self._decoder.feed(data):
+                self._on_frame(body)
+        except FrameError as error:
+            self._broken(f"it sent garbage on its pipe: {error}")
+
+    def _broken(self, reason: str) -> None:
+        """A child whose pipe is of no use any more is killed; its exit is then noticed as any other."""
+        if self._exited or self._process.poll() is not None:
+            return
+        self.kill(reason)
+
+    # -- its end ------------------------------------------------------------------------------
+
+    def _on_pidfd(self) -> None:
+        # What it started must not outlive it; before the wait below, while its number can't name another group.
+        self._signal_group(signal.SIGKILL)
+        returncode = self._process.wait()
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._drain_pipe()
+        for output in self._outputs:
+            output.close()
+        self._exited = True
+        if self._transport is not None:
+            self._transport.abort()
+        self._socket.close()
+        self.arena_down.close()
+        self.arena_up.close()
+        self._on_exit(ExitCause(returncode, self._reason))
+
+    def _drain_pipe(self) -> None:
+        """Read what the child wrote before it died; a process that it forked may keep the pipe open."""
+        while True:
+            try:
+                received = self._socket.recv_into(self._buffer)
+            except (BlockingIOError, ConnectionError):
+                return
+            if not received:
+                return
+            self._feed(self._buffer[:received])
+
+    def _take_line(self, stream: str, line: str) -> None:
+        self.last_lines.append(line)
+        self._on_line(stream, line)
+
+
+class _OutputLines:
+    """One of a child's output pipes, cut into lines."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, fd: int, name: str, on_line: Callable[[str, str], None]
+    ) -> None:
+        os.set_blocking(fd, False)
+        self._loop = loop
+        self._fd = fd
+        self._name = name
+        self._on_line = on_line
+        self._rest = b""
+        loop.add_reader(fd, self._read)
+
+    def _read(self) -> bool:
+        """Take what is here; False at the end of the pipe or when it is empty."""
+        try:
+            data = os.read(self._fd, 64 * 1024)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._loop.remove_reader(self._fd)
+            return False
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        while len(self._rest) > LINE_BYTES:
+            lines.append(self._rest[:LINE_BYTES])
+            self._rest = self._rest[LINE_BYTES:]
+        for line in lines:
+            for start in range(0, len(line) or 1, LINE_BYTES):
+                self._on_line(self._name, line[start : start + LINE_BYTES].decode(errors="replace").rstrip("\r"))
+        return True
+
+    def close(self) -> None:
+        """Read what is left and close."""
+        for _ in range(LAST_READS):
+            if not self._read():
+                break
+        if self._rest:
+            self._on_line(self._name, self._rest.decode(errors="replace"))
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)

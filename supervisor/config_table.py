@@ -1,0 +1,36 @@
+"""The settings as text: for `gen-worker-supervisor --help` and for the documentation.
+
+Owns: layout only; every word of the content comes from supervisor.settings.VARIABLES.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+from supervisor.settings import VARIABLES
+
+if TYPE_CHECKING:
+    from supervisor.settings import Variable
+
+
+def render_table() -> str:
+    """The variables as a Markdown table."""
+    rows = [f"| {variable.env} | {_default(variable)} | {variable.meaning} |" for variable in VARIABLES.values()]
+    return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows])
+
+
+def render_help(width: int = 100) -> str:
+    """The variables for a terminal of `width` columns: name and default on one line, the meaning below."""
+    blocks = []
+    for variable in VARIABLES.values():
+        meaning = textwrap.fill(
+            variable.meaning.replace("`", ""), width, initial_indent="      ", subsequent_indent="      "
+        )
+        blocks.append(f"  {variable.env}  [{_default(variable)}]\n{meaning}")
+    return "\n".join(["Environment variables [default]:", *blocks])
+
+
+def _default(variable: Variable) -> str:
+    plain_number = variable.unit and variable.shown_default.replace(".", "").isdigit()
+    return f"{variable.shown_default} {variable.unit}" if plain_number else variable.shown_default

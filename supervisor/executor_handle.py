@@ -1,0 +1,251 @@
+"""One executor as the rest of the supervisor sees it: its state, what it serves, its runs, its messages.
+
+Owns: one incarnation. A handle starts once, ends once and is replaced, never repaired; messages of a dead
+incarnation reach no one, since each handle has a pipe of its own.
+
+    STARTING -> READY -> DRAINING -> DEAD        (any state -> DEAD)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from enum import Enum
+from typing import Protocol
+
+import msgspec
+
+from gen_worker.pipe.arena import BLOB_THRESHOLD_BYTES, ArenaError
+from gen_worker.pipe.messages import (
+    PIPE_PROTOCOL,
+    Cancel,
+    CancelCause,
+    Credit,
+    Downward,
+    Event,
+    Fatal,
+    Free,
+    FunctionInfo,
+    Init,
+    LoadModel,
+    ModelLoaded,
+    ModelUnloaded,
+    Payload,
+    Ready,
+    Result,
+    Shutdown,
+    UnloadModel,
+    Upward,
+    decode_upward,
+    encode,
+)
+from gen_worker.pipe.messages import Run as RunMessage
+from supervisor.child import Child, ExitCause
+from supervisor.devices import Device
+from supervisor.runs import Run
+
+log = logging.getLogger(__name__)
+executor_log = logging.getLogger("executor")
+
+
+class HandleState(Enum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self is HandleState.DEAD
+
+
+class HandleEvents(Protocol):
+    """Who is told of what an executor says and of its end."""
+
+    def executor_ready(self, handle: ExecutorHandle) -> None: ...
+    def executor_writable(self, handle: ExecutorHandle) -> None: ...
+    def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None: ...
+    def run_event(self, handle: ExecutorHandle, event: Event) -> None: ...
+    def run_result(self, handle: ExecutorHandle, result: Result, output: bytes) -> None: ...
+    def model_loaded(self, handle: ExecutorHandle, loaded: ModelLoaded) -> None: ...
+    def model_unloaded(self, handle: ExecutorHandle, unloaded: ModelUnloaded) -> None: ...
+
+
+class ExecutorHandle:
+    """See the module. `events` is told of everything; a handle decides nothing."""
+
+    def __init__(self, slot: int, incarnation: int, device: Device, threads: int, events: HandleEvents) -> None:
+        self.slot = slot
+        self.incarnation = incarnation
+        self.device = device
+        self.state = HandleState.STARTING
+        self.functions: dict[str, FunctionInfo] = {}
+        self.versions: dict[str, str] = {}
+        self.fatal: Fatal | None = None
+        """What it said before it left, if it did."""
+        self.runs: dict[int, Run] = {}
+        """The runs it has, by key."""
+        self._threads = threads
+        self._thread_runs = 0
+        self._running: Counter[str] = Counter()
+        self._events = events
+        self._child = Child(
+            on_frame=self._on_frame,
+            on_line=self._on_line,
+            on_writable=lambda: events.executor_writable(self),
+            on_exit=self._on_exit,
+        )
+        self._log_extra = {"executor": self.name}
+
+    @property
+    def name(self) -> str:
+        """`0` for the first executor of slot 0, `0.1` for its first replacement."""
+        return f"{self.slot}.{self.incarnation}" if self.incarnation else str(self.slot)
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def load(self) -> int:
+        """How many runs it has."""
+        return len(self.runs)
+
+    # -- its life -----------------------------------------------------------------------------
+
+    async def start(self, init: Init, env: Mapping[str, str]) -> None:
+        """Start the process. Raises OSError when it can't be started."""
+        await self._child.spawn("executor", [], env, init.project_root)
+        log.info("executor %s started: pid %d on %s", self.name, self.pid, self.device.name or "the CPU")
+        self._send(init)
+
+    def drain(self) -> None:
+        """Take no more runs: READY -> DRAINING."""
+        if self.state is HandleState.READY:
+            self.state = HandleState.DRAINING
+
+    def shutdown(self) -> None:
+        """Ask it to leave; for an executor without runs."""
+        self.drain()
+        self._send(Shutdown())
+
+    def kill(self, reason: str) -> None:
+        """End it now; its exit arrives as any other, with `reason` in its cause."""
+        self.drain()
+        self._child.kill(reason)
+
+    # -- its work -----------------------------------------------------------------------------
+
+    def can_take(self, function: str, limit: int) -> bool:
+        """Whether it has room for one more run of a function that may run `limit` times at once (0: any number)."""
+        if self.state is not HandleState.READY or not self._child.writable:
+            return False
+        info = self.functions.get(function)
+        if info is None or (limit and self._running[function] >= limit):
+            return False
+        return self._thread_runs < self._threads or not _takes_thread(info)
+
+    def send_run(self, run: Run, payload: bytes, deadline: float, window: int) -> None:
+        """Give it a run. Raises OSError when there is no shared memory for a large payload."""
+        where: Payload = payload
+        if len(payload) >= BLOB_THRESHOLD_BYTES:
+            where = self._child.arena_down.put(payload)
+        message = RunMessage(
+            run.key, run.run_id, run.function, where, dict(run.models),
+            run.timeout_ms, deadline, run.tenant_id, run.user_id, window,
+        )  # fmt: skip
+        self.runs[run.key] = run
+        self._running[run.function] += 1
+        if _takes_thread(self.functions[run.function]):
+            self._thread_runs += 1
+        self._send(message)
+
+    def release(self, run: Run) -> None:
+        """The run has ended: its place is free."""
+        if self.runs.pop(run.key, None) is None:
+            return
+        self._running[run.function] -= 1
+        if _takes_thread(self.functions[run.function]):
+            self._thread_runs -= 1
+
+    def send_cancel(self, key: int, cause: CancelCause) -> None:
+        self._send(Cancel(key, cause))
+
+    def send_credit(self, key: int, size: int) -> None:
+        self._send(Credit(key, size))
+
+    def send_load(self, message: LoadModel) -> None:
+        self._send(message)
+
+    def send_unload(self, model_id: str) -> None:
+        self._send(UnloadModel(model_id))
+
+    def last_lines(self) -> list[str]:
+        """The last lines that it printed, oldest first."""
+        return list(self._child.last_lines)
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _send(self, message: Downward) -> None:
+        if self.state is not HandleState.DEAD:
+            self._child.send(encode(message))
+
+    def _on_frame(self, body: bytes) -> None:
+        try:
+            message = decode_upward(body)
+            self._handle(message)
+        except (msgspec.DecodeError, ArenaError) as error:
+            self.kill(f"it sent a message that is not one: {error}")
+
+    def _handle(self, message: Upward) -> None:
+        match message:
+            case Event():
+                self._events.run_event(self, message)
+            case Result():
+                self._events.run_result(self, message, self._payload(message.output))
+            case Free():
+                self._child.arena_down.free(message.offset)
+            case Ready():
+                self._ready(message)
+            case ModelLoaded():
+                self._events.model_loaded(self, message)
+            case ModelUnloaded():
+                self._events.model_unloaded(self, message)
+            case Fatal():
+                self.fatal = message
+                self.drain()
+
+    def _payload(self, payload: Payload) -> bytes:
+        if isinstance(payload, bytes):
+            return payload
+        data = self._child.arena_up.read(payload)
+        self._send(Free(payload.offset))
+        return data
+
+    def _ready(self, ready: Ready) -> None:
+        if ready.protocol != PIPE_PROTOCOL:
+            self.kill(f"it speaks pipe protocol {ready.protocol}, this supervisor {PIPE_PROTOCOL}")
+            return
+        if self.state is not HandleState.STARTING:
+            self.kill("it said twice that it is ready")
+            return
+        self.functions = {function.name: function for function in ready.functions}
+        self.versions = ready.versions
+        self.state = HandleState.READY
+        self._events.executor_ready(self)
+
+    def _on_line(self, stream: str, line: str) -> None:
+        executor_log.info("%s", line, extra={**self._log_extra, "stream": stream})
+
+    def _on_exit(self, cause: ExitCause) -> None:
+        if self.state is HandleState.DEAD:
+            return
+        self.state = HandleState.DEAD
+        self._events.executor_died(self, cause)
+
+
+def _takes_thread(info: FunctionInfo) -> bool:
+    return info.mode in ("sync", "generator")
+
+

@@ -1,0 +1,196 @@
+"""The executors of this host: one slot per device, each with one live executor at most.
+
+Owns: how many there are, when a dead one is replaced, and when a slot is given up.
+
+1. `start` spawns all slots at once; each reports when it is ready.
+2. A dead executor is replaced at once; when it had not lived ALIVE_S, after a backoff from 1 s up to 60 s.
+3. BOOT_FAILURES deaths in a row before being ready close the slot: what it says will not change by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from gen_worker.pipe.messages import Init
+from supervisor.child import ExitCause
+from supervisor.devices import Device
+from supervisor.executor_handle import ExecutorHandle, HandleEvents, HandleState
+
+log = logging.getLogger(__name__)
+
+BACKOFF_FIRST_S: Final = 1.0
+BACKOFF_MAX_S: Final = 60.0
+ALIVE_S: Final = 60.0
+"""An executor that lived this long died of something new: its slot starts over without backoff."""
+BOOT_FAILURES: Final = 3
+KILL_WAIT_S: Final = 5.0
+
+
+class _Slot:
+    """One device's place and its history."""
+
+    def __init__(self, number: int, device: Device) -> None:
+        self.number = number
+        self.device = device
+        self.handle: ExecutorHandle | None = None
+        self.incarnation = 0
+        self.started_at = 0.0
+        self.deaths_in_a_row = 0
+        self.boot_failures = 0
+        self.closed = False
+        self.respawn: asyncio.TimerHandle | None = None
+
+    def delay_after_death(self, lived_s: float) -> float:
+        """Seconds until the replacement starts: 0 after the first death, then 1, 2, 4 ... 60."""
+        if lived_s >= ALIVE_S:
+            self.deaths_in_a_row = 0
+        self.deaths_in_a_row += 1
+        if self.deaths_in_a_row == 1:
+            return 0.0
+        return min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** (self.deaths_in_a_row - 2))
+
+
+class Pool:
+    """See the module. `events` hears what the executors say; the pool itself acts only on their ends."""
+
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        *,
+        init: Callable[[int, Device], Init],
+        env: Callable[[Device], Mapping[str, str]],
+        threads: int,
+        events: HandleEvents,
+        on_all_closed: Callable[[], None],
+    ) -> None:
+        self._slots = [_Slot(number, device) for number, device in enumerate(devices)]
+        self._init = init
+        self._env = env
+        self._threads = threads
+        self._events = events
+        self._on_all_closed = on_all_closed
+        self._loop = asyncio.get_running_loop()
+        self._spawning: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._empty = asyncio.Event()
+        self.last_failure = ""
+        """Why the last slot was closed, in one line."""
+        self.last_reason = ""
+        """The same as the executor's own word for it (Fatal.reason), "" when it had none."""
+
+    # -- what is there ------------------------------------------------------------------------
+
+    @property
+    def handles(self) -> list[ExecutorHandle]:
+        """The executors that have a process, whatever their state."""
+        return [slot.handle for slot in self._slots if slot.handle is not None]
+
+    @property
+    def ready(self) -> list[ExecutorHandle]:
+        return [handle for handle in self.handles if handle.state is HandleState.READY]
+
+    @property
+    def open_slots(self) -> int:
+        """Slots that have an executor or will have one again."""
+        return sum(not slot.closed for slot in self._slots)
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        for slot in self._slots:
+            self._spawn(slot)
+
+    async def stop(self, reason: str, grace_s: float) -> None:
+        """End all executors: those without runs are asked, and after grace_s the rest is killed."""
+        self._stopping = True
+        for slot in self._slots:
+            if slot.respawn is not None:
+                slot.respawn.cancel()
+        for handle in self.handles:
+            if not handle.runs and grace_s > 0:
+                handle.shutdown()
+            else:
+                handle.kill(reason)
+        await self._wait_empty(grace_s)
+        for handle in self.handles:
+            handle.kill(reason)
+        await self._wait_empty(KILL_WAIT_S)
+
+    async def _wait_empty(self, timeout_s: float) -> None:
+        if self.handles:
+            self._empty.clear()
+            try:
+                await asyncio.wait_for(self._empty.wait(), timeout_s)
+            except TimeoutError:
+                log.debug("%d executors are still there after %.1f s", len(self.handles), timeout_s)
+
+    def _spawn(self, slot: _Slot) -> None:
+        slot.respawn = None
+        if self._stopping:
+            return
+        task = self._loop.create_task(self._start_executor(slot))
+        self._spawning.add(task)
+        task.add_done_callback(self._spawning.discard)
+
+    async def _start_executor(self, slot: _Slot) -> None:
+        events = _SlotEvents(self, slot)
+        handle = ExecutorHandle(slot.number, slot.incarnation, slot.device, self._threads, events)
+        slot.incarnation += 1
+        slot.started_at = self._loop.time()
+        slot.handle = handle
+        try:
+            await handle.start(self._init(slot.number, slot.device), self._env(slot.device))
+        except OSError as error:
+            log.error("executor %s can't be started: %s", handle.name, error)
+            slot.handle = None
+            self._replace(slot, f"can't be started: {error}", was_ready=False)
+
+    def _died(self, slot: _Slot, handle: ExecutorHandle, cause: ExitCause) -> None:
+        slot.handle = None
+        was_ready = bool(handle.functions)
+        if not self._stopping:
+            words = f"{handle.fatal.message} ({cause})" if handle.fatal else str(cause)
+            if not was_ready:
+                self.last_reason = handle.fatal.reason if handle.fatal else ""
+            self._replace(slot, words, was_ready=was_ready)
+        if not self.handles:
+            self._empty.set()
+
+    def _replace(self, slot: _Slot, words: str, *, was_ready: bool) -> None:
+        slot.boot_failures = 0 if was_ready else slot.boot_failures + 1
+        if slot.boot_failures >= BOOT_FAILURES:
+            slot.closed = True
+            self.last_failure = words
+            log.error("executor slot %d stays down after %d failed starts: %s", slot.number, BOOT_FAILURES, words)
+            if not self.open_slots:
+                self._on_all_closed()
+            return
+        delay = slot.delay_after_death(self._loop.time() - slot.started_at)
+        what = "died" if was_ready else f"failed to start ({slot.boot_failures} of {BOOT_FAILURES})"
+        log.error("executor of slot %d %s: %s; replaced in %.0f s", slot.number, what, words, delay)
+        slot.respawn = self._loop.call_later(delay, self._spawn, slot)
+
+
+class _SlotEvents:
+    """Passes on what one executor says, and tells the pool first when it dies."""
+
+    def __init__(self, pool: Pool, slot: _Slot) -> None:
+        self._pool = pool
+        self._slot = slot
+        events = pool._events  # noqa: SLF001  (one object in two halves)
+        self.executor_ready = events.executor_ready
+        self.executor_writable = events.executor_writable
+        self.run_event = events.run_event
+        self.run_result = events.run_result
+        self.model_loaded = events.model_loaded
+        self.model_unloaded = events.model_unloaded
+
+    def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None:
+        # The runs are answered first; only then is the slot free for its next executor.
+        self._pool._events.executor_died(handle, cause)  # noqa: SLF001
+        self._pool._died(self._slot, handle, cause)  # noqa: SLF001
+
+

@@ -1,0 +1,137 @@
+"""One run from its arrival to its one result.
+
+Owns: the states of a run and the moves between them. Only the transition methods move a run; one that has ended
+stays ended, whatever else arrives for it.
+
+    QUEUED <-> WAITING_MODEL -> RUNNING -> CANCELING -> SUCCEEDED | FAILED
+       any state that is not terminal ---------------> FAILED
+"""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from gen_worker.pipe.messages import CancelCause, Failure
+
+if TYPE_CHECKING:
+    from supervisor.executor_handle import ExecutorHandle
+
+SAFE_BUSY: Final = "worker busy"
+SAFE_CRASHED: Final = "worker process crashed"
+
+
+class RunState(Enum):
+    QUEUED = "queued"
+    WAITING_MODEL = "waiting_model"
+    RUNNING = "running"
+    CANCELING = "canceling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in _TERMINAL
+
+
+_TERMINAL = frozenset((RunState.SUCCEEDED, RunState.FAILED))
+
+
+class Run:
+    """A run that was accepted. `key` names it on the pipe, `run_id` towards the scheduler."""
+
+    __slots__ = (
+        "arrived", "cause", "function", "handle", "key", "models", "payload", "run_id",
+        "started", "state", "tenant_id", "timeout_ms", "timer", "user_id",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        key: int,
+        run_id: str,
+        function: str,
+        payload: bytes,
+        models: tuple[tuple[str, str], ...],
+        timeout_ms: int,
+        tenant_id: str,
+        user_id: str,
+        arrived: float,
+    ) -> None:
+        self.key = key
+        self.run_id = run_id
+        self.function = function
+        self.payload = payload
+        self.models = models
+        self.timeout_ms = timeout_ms
+        self.tenant_id = tenant_id
+        self.user_id = user_id
+        self.arrived = arrived
+        """Monotonic seconds, on the event loop's clock."""
+        self.started = 0.0
+        self.state = RunState.QUEUED
+        self.handle: ExecutorHandle | None = None
+        self.cause: CancelCause | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        """The deadline's while the run has one; after a cancel, the grace period's."""
+
+    def wait_for_model(self) -> None:
+        """QUEUED -> WAITING_MODEL."""
+        if self.state is RunState.QUEUED:
+            self.state = RunState.WAITING_MODEL
+
+    def start(self, handle: ExecutorHandle, now: float) -> bool:
+        """QUEUED or WAITING_MODEL -> RUNNING on `handle`."""
+        if self.state not in (RunState.QUEUED, RunState.WAITING_MODEL):
+            return False
+        self.state = RunState.RUNNING
+        self.handle = handle
+        self.started = now
+        self.payload = b""  # the executor has it now
+        return True
+
+    def begin_cancel(self, cause: CancelCause) -> bool:
+        """RUNNING -> CANCELING. The first cause stays."""
+        if self.state is not RunState.RUNNING:
+            return False
+        self.state = RunState.CANCELING
+        self.cause = cause
+        return True
+
+    def finish(self, failure: Failure | None) -> bool:
+        """Any state -> a terminal one, once; False when the run had ended before."""
+        if self.state.is_terminal:
+            return False
+        self.state = RunState.SUCCEEDED if failure is None else RunState.FAILED
+        self.payload = b""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        return True
+
+    def failure_of_cancel(self, detail: str = "") -> Failure:
+        """What a canceled or overdue run is answered with, whatever its function made of it."""
+        if self.cause == "timeout":
+            return timed_out(self.timeout_ms, detail)
+        return canceled(detail)
+
+
+def canceled(detail: str = "") -> Failure:
+    return Failure("canceled", "canceled", detail or "canceled by the scheduler")
+
+
+def timed_out(timeout_ms: int, detail: str = "") -> Failure:
+    message = f"the run did not end within its timeout_ms of {timeout_ms}"
+    return Failure("timeout", "deadline exceeded", f"{message}; {detail}" if detail else message)
+
+
+def busy(detail: str) -> Failure:
+    return Failure("retryable", SAFE_BUSY, detail, retryable=True)
+
+
+def crashed(detail: str) -> Failure:
+    return Failure("retryable", SAFE_CRASHED, detail, retryable=True)
+
+
+def invalid(safe_message: str, detail: str = "") -> Failure:
+    return Failure("validation", safe_message, detail or safe_message)

@@ -1,0 +1,100 @@
+"""The stream to a scheduler, as the session sees it: batches of encoded messages and a status.
+
+Owns: the seam. A transport opens one bidirectional stream with metadata; messages go in and out as bytes in
+batches, since a transport's cost is per hand-over and not per byte. `grpcio.py` is the first implementation.
+Nothing above this package imports grpc.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+
+class StatusCode(IntEnum):
+    """gRPC's status codes (grpc/status in the gRPC documentation)."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStatus:
+    """How a stream ended."""
+
+    code: StatusCode
+    details: str
+
+    def __str__(self) -> str:
+        return f"{self.code.name}: {self.details}" if self.details else self.code.name
+
+
+class StreamClosed(Exception):
+    """The stream has ended; `status` says how.
+
+    `accepted` is set by `send`: that many messages of the batch went out before the end.
+    """
+
+    def __init__(self, status: StreamStatus, accepted: int = 0) -> None:
+        super().__init__(str(status))
+        self.status = status
+        self.accepted = accepted
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """Paths for TLS; all None: the system's CAs and no client certificate."""
+
+    ca_file: str | None = None
+    client_cert_file: str | None = None
+    client_key_file: str | None = None
+
+
+class Stream(Protocol):
+    """One bidirectional stream. `send` and `receive` are each called by one task at a time."""
+
+    async def established(self) -> None:
+        """Returns when the scheduler's first byte of an answer (headers or a message) is here.
+
+        Raises StreamClosed when the stream ends before.
+        """
+
+    async def send(self, messages: Sequence[bytes]) -> None:
+        """Hand messages over in order; waits while the scheduler reads too slowly.
+
+        Raises StreamClosed, with `accepted` set.
+        """
+
+    async def receive(self) -> Sequence[bytes]:
+        """At least one message, and all that are here. Raises StreamClosed at the end."""
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Half-close, wait up to grace_s for the scheduler's status, then cancel. Never raises."""
+
+
+class Transport(Protocol):
+    """Opens streams; keeps nothing between them."""
+
+    async def open(self, target: str, metadata: Sequence[tuple[str, str]]) -> Stream:
+        """Start a stream to `host:port`.
+
+        Returns as soon as messages can be handed over, which does not mean that anyone answered.
+        Raises StreamClosed when the address can't be connected to within the connect timeout.
+        """

@@ -1,0 +1,66 @@
+"""Protobuf at the edge: bytes of the scheduler's stream to messages and back.
+
+Owns: nothing. The rest of the supervisor sees generated messages only as what `decode` returns.
+"""
+
+from __future__ import annotations
+
+from google.protobuf.message import DecodeError
+
+from gen_worker.pipe.messages import Failure
+from gen_worker.wire import worker_scheduler_pb2 as pb
+
+SAFE_MESSAGE_MAX_CHARS = 500
+"""The protocol's limit for what end users may see."""
+
+
+class WireError(Exception):
+    """Bytes that are not a message of the protocol."""
+
+
+def decode(data: bytes) -> pb.WorkerSchedulerMessage:
+    """One message. Raises WireError when the bytes don't parse."""
+    try:
+        return pb.WorkerSchedulerMessage.FromString(data)
+    except DecodeError as error:
+        raise WireError(f"{len(data)} bytes are not a WorkerSchedulerMessage: {error}") from error
+
+
+def encode_result(run_id: str, output: bytes, failure: Failure | None) -> bytes:
+    if failure is None:
+        result = pb.TaskExecutionResult(run_id=run_id, success=True, output_payload=output)
+    else:
+        result = pb.TaskExecutionResult(
+            run_id=run_id,
+            success=False,
+            error_message=failure.detail or failure.safe_message,
+            error_type=failure.error_type,
+            retryable=failure.retryable,
+            safe_message=failure.safe_message[:SAFE_MESSAGE_MAX_CHARS],
+        )
+    return pb.WorkerSchedulerMessage(run_result=result).SerializeToString()
+
+
+def encode_event(run_id: str, event_type: str, payload_json: bytes) -> bytes:
+    event = pb.WorkerEvent(run_id=run_id, event_type=event_type, payload_json=payload_json)
+    return pb.WorkerSchedulerMessage(worker_event=event).SerializeToString()
+
+
+def encode_load_result(model_id: str, error: str) -> bytes:
+    result = pb.LoadModelResult(model_id=model_id, success=not error, error_message=error)
+    return pb.WorkerSchedulerMessage(load_model_result=result).SerializeToString()
+
+
+def encode_unload_result(model_id: str, error: str) -> bytes:
+    result = pb.UnloadModelResult(model_id=model_id, success=not error, error_message=error)
+    return pb.WorkerSchedulerMessage(unload_model_result=result).SerializeToString()
+
+
+def encode_realtime_close(session_id: str, reason: str) -> bytes:
+    close = pb.RealtimeCloseCommand(session_id=session_id, reason=reason)
+    return pb.WorkerSchedulerMessage(realtime_close_cmd=close).SerializeToString()
+
+
+def encode_registration(resources: pb.WorkerResources, *, is_heartbeat: bool) -> bytes:
+    registration = pb.WorkerRegistration(resources=resources, is_heartbeat=is_heartbeat)
+    return pb.WorkerSchedulerMessage(worker_registration=registration).SerializeToString()

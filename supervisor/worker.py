@@ -1,0 +1,186 @@
+"""The worker: its parts, wired together, from the first executor to the last result.
+
+Owns: the order in which things start and stop. Each part owns its own state; this module only connects them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from gen_worker.pipe.messages import PIPE_PROTOCOL, Init
+from supervisor.config import child_environment
+from supervisor.devices import Device, open_probe
+from supervisor.dispatcher import Dispatcher, Limits
+from supervisor.exit_codes import ExitCode
+from supervisor.inbound import Inbound
+from supervisor.pool import Pool
+from supervisor.registration import Registration
+from supervisor.residency import Residency
+from supervisor.session import GaveUp, Session
+from supervisor.auth import TokenRefused
+from supervisor.wiring import open_auth, open_transport, session_settings
+
+if TYPE_CHECKING:
+    from gen_worker.manifest import Manifest
+    from supervisor.settings import Settings
+
+log = logging.getLogger(__name__)
+
+FLUSH_S: Final = 10.0
+"""How long the last results may take to go out once nothing runs any more."""
+LEAVE_S: Final = 2.0
+"""How long executors may take to leave when asked."""
+
+
+class Worker:
+    """One worker process. `run` returns the exit code."""
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str], manifest: Manifest | None) -> None:
+        """Raises DeviceError when the GPUs asked for are not there, CredentialsError for unreadable TLS files."""
+        self._settings = settings
+        self._environ = child_environment(environ, settings)
+        self._project_root = str(Path.cwd())
+        self._modules = manifest.modules if manifest else settings.user_modules
+        self._residency = Residency(manifest.models if manifest else {}, settings.model_artifacts)
+        self._probe = open_probe(
+            gpus=settings.gpus,
+            visible=environ.get("CUDA_VISIBLE_DEVICES"),
+            executors=settings.executors,
+            fake_count=settings.fake_gpu_count,
+            fake_memory_bytes=settings.fake_gpu_memory_bytes,
+            fake_name=settings.fake_gpu_name,
+            held=self._residency.bytes_on,
+        )
+        limits = Limits(
+            settings.max_concurrency,
+            settings.model_concurrency,
+            settings.cancel_grace_seconds,
+            settings.max_input_bytes,
+        )
+        self._dispatcher = Dispatcher(
+            limits=limits,
+            residency=self._residency,
+            executors=lambda: self._pool.ready,
+            changed=self._announce,
+        )
+        self._pool = Pool(
+            self._probe.devices,
+            init=self._init_message,
+            env=self._executor_environment,
+            threads=settings.executor_threads,
+            events=self._dispatcher,
+            on_all_closed=lambda: self._events.put_nowait("all executors are down"),
+        )
+        registration = Registration(settings, self._pool, self._dispatcher, self._residency, self._probe)
+        self._session = Session(
+            settings=session_settings(settings),
+            transport=open_transport(settings),
+            auth=open_auth(settings),
+            outgoing=self._dispatcher.outbox,
+            incoming=Inbound(self._dispatcher, self._residency),
+            registration=registration.encode,
+        )
+        self._events: asyncio.Queue[str] = asyncio.Queue()
+        self._signals = 0
+        self._forced = asyncio.Event()
+
+    async def run(self) -> ExitCode:
+        """Serve until a signal, or until there is no way on."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        self._pool.start()
+        session = loop.create_task(self._serve())
+        session.add_done_callback(lambda _: self._events.put_nowait("the session ended"))
+        event = await self._events.get()
+        log.info("stopping: %s", event)
+        try:
+            await self._shutdown(session)
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+        return self._exit_code(session)
+
+    async def _serve(self) -> None:
+        """Dial as soon as one executor serves: an empty worker is of no use to a scheduler."""
+        await self._dispatcher.first_ready.wait()
+        await self._session.run()
+
+    async def _shutdown(self, session: asyncio.Task[None]) -> None:
+        """The one way down. Each step is cut short by a second signal."""
+        # New runs are refused from here on, so what is active can only become less.
+        self._dispatcher.drain()
+        await self._unless_forced(self._dispatcher.wait_idle(self._settings.drain_timeout_seconds))
+        # What still runs would be lost with its executor: its scheduler hears it now and can place it elsewhere.
+        self._dispatcher.abandon("the worker was shut down while it ran")
+        # Executors leave while results go out; both take longest when something is wrong.
+        leaving = asyncio.ensure_future(self._pool.stop("the worker shuts down", 0 if self._forced.is_set() else LEAVE_S))
+        if not session.done():
+            await self._unless_forced(self._session.drain(FLUSH_S))
+        self._session.stop()
+        await asyncio.wait([session, leaving], timeout=FLUSH_S)
+        session.cancel()
+
+    async def _unless_forced(self, step) -> None:  # type: ignore[no-untyped-def]
+        task = asyncio.ensure_future(step)
+        forced = asyncio.ensure_future(self._forced.wait())
+        await asyncio.wait([task, forced], return_when=asyncio.FIRST_COMPLETED)
+        for pending in (task, forced):
+            pending.cancel()
+
+    def _exit_code(self, session: asyncio.Task[None]) -> ExitCode:
+        if self._signals > 1:
+            return ExitCode.FORCED_STOP
+        if session.done() and not session.cancelled() and (error := session.exception()) is not None:
+            log.critical("%s", error)
+            if isinstance(error, GaveUp):
+                return ExitCode.SCHEDULER_UNREACHABLE
+            if isinstance(error, TokenRefused):
+                return ExitCode.TOKEN_REFUSED
+            raise error
+        if not self._signals and not self._pool.open_slots:
+            log.critical("no executor is left: %s", self._pool.last_failure)
+            return ExitCode.NO_FUNCTIONS if self._pool.last_reason == "no_functions" else ExitCode.BOOT_FAILED
+        return ExitCode.OK
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            log.warning("%s again: stopping at once", number.name)
+            self._forced.set()
+        self._events.put_nowait(number.name)
+
+    def _announce(self) -> None:
+        if self._pool.ready:
+            self._dispatcher.first_ready.set()
+        self._session.announce()
+
+    def _init_message(self, slot: int, device: Device) -> Init:
+        settings = self._settings
+        return Init(
+            protocol=PIPE_PROTOCOL,
+            slot=slot,
+            device=device.torch_device,
+            modules=tuple(self._modules),
+            project_root=self._project_root,
+            run_dir=str(settings.run_dir),
+            threads=settings.executor_threads,
+            cancel_grace_s=settings.cancel_grace_seconds,
+            max_output_bytes=settings.max_output_bytes,
+            max_delta_bytes=settings.max_output_delta_bytes,
+            max_delta_events=settings.max_output_delta_events,
+            runtime_loaders=dict(settings.runtime_loaders),
+        )
+
+    def _executor_environment(self, device: Device) -> Mapping[str, str]:
+        return {
+            **self._environ,
+            "CUDA_VISIBLE_DEVICES": device.visible,
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            "PYTHONUNBUFFERED": "1",
+        }
