@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from gen_worker.pipe.messages import PIPE_PROTOCOL, Init
 from supervisor.config import child_environment
@@ -87,6 +87,7 @@ class Worker:
         )
         self._events: asyncio.Queue[str] = asyncio.Queue()
         self._signals = 0
+        self._first_ready = asyncio.Event()
         self._forced = asyncio.Event()
 
     async def run(self) -> ExitCode:
@@ -108,7 +109,7 @@ class Worker:
 
     async def _serve(self) -> None:
         """Dial as soon as one executor serves: an empty worker is of no use to a scheduler."""
-        await self._dispatcher.first_ready.wait()
+        await self._first_ready.wait()
         await self._session.run()
 
     async def _shutdown(self, session: asyncio.Task[None]) -> None:
@@ -126,7 +127,7 @@ class Worker:
         await asyncio.wait([session, leaving], timeout=FLUSH_S)
         session.cancel()
 
-    async def _unless_forced(self, step) -> None:  # type: ignore[no-untyped-def]
+    async def _unless_forced(self, step: Coroutine[Any, Any, object]) -> None:
         task = asyncio.ensure_future(step)
         forced = asyncio.ensure_future(self._forced.wait())
         await asyncio.wait([task, forced], return_when=asyncio.FIRST_COMPLETED)
@@ -157,7 +158,7 @@ class Worker:
 
     def _announce(self) -> None:
         if self._pool.ready:
-            self._dispatcher.first_ready.set()
+            self._first_ready.set()
         self._session.announce()
 
     def _init_message(self, slot: int, device: Device) -> Init:

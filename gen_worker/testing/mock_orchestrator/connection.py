@@ -250,9 +250,9 @@ class WorkerConnection:
         Streams that share the connection (gRPC channels of one process may) go with it.
         Raises StreamEndedError when there is no such connection.
         """
-        self._dropped = True
         if not cut_connection(self.peer, self._local_port):
             raise StreamEndedError(f"{self!r}: its connection is gone already")
+        self._dropped = True
 
     async def wait_ended(self, timeout: float = 10.0) -> StreamEnd:
         """Wait until the stream is over at this end. Raises WaitTimeoutError after `timeout` seconds."""
@@ -282,13 +282,11 @@ class WorkerConnection:
         )
         by, code, details = EndedBy.LOST, grpc.StatusCode.CANCELLED, ""
         try:
-            by, code, details = await self._verdict
-            if by is EndedBy.WORKER:
-                lost = EndedBy.LOST, grpc.StatusCode.CANCELLED, ""
-                by, code, details = lost
+            verdict = await self._verdict
+            if verdict[0] is EndedBy.WORKER:
                 await asyncio.sleep(_LOSS_NOTICE_S)
-                by, code, details = EndedBy.WORKER, grpc.StatusCode.OK, ""
-        finally:
+            by, code, details = verdict
+        finally:  # also when gRPC cancels this task: the worker is lost, or the server stops
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
