@@ -1,0 +1,1 @@
+"""The process that runs tenant code: one per GPU, and replaced when it dies."""

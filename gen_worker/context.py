@@ -60,7 +60,7 @@ class PlainDevice:
 class ActionContext:
     """One run, as its function sees it. Safe to use from any thread of the run."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # keyword-only, all but two with a default
         self,
         *,
         run_id: str,

@@ -12,7 +12,8 @@ error into what goes on the wire (failures.py) is reading them, and a tenant's o
         |-- AuthError                auth         a credential was refused
         `-- FatalError               fatal        no retry helps: the function or its project is at fault
             |-- SignatureError                    a function breaks the rules for worker functions
-            |-- ProjectError                      pyproject.toml, a manifest or a module import is wrong
+            |-- ProjectError                      pyproject.toml or the import of a module is wrong
+            |   `-- ManifestError                 the manifest is
             `-- ArtifactNotFoundError             a model lacks a file; is a KeyError too
     BaseException
     `-- RunCanceled                               raised into a run's thread; see below
@@ -74,7 +75,11 @@ class SignatureError(FatalError):
 
 
 class ProjectError(FatalError):
-    """The tenant's project can't be used: its pyproject.toml, its manifest, or a module that does not import."""
+    """The tenant's project can't be used: its pyproject.toml, or a module that does not import."""
+
+
+class ManifestError(ProjectError):
+    """A manifest can't be read; the message names the file and the place in it."""
 
 
 class ArtifactNotFoundError(FatalError, KeyError):

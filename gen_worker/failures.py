@@ -77,12 +77,12 @@ def failure_of(error: BaseException, *, cancel_cause: CancelCause | None = None)
 def sanitize(message: str) -> str:
     """One line of at most 500 characters with URLs, absolute paths and token-like strings replaced."""
     text = message.encode("utf-8", "replace").decode("utf-8")
+    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     if len(text) > _SCAN_MAX_CHARS:
         # Whole words only: half a secret would not be told for one.
         text = text[:_SCAN_MAX_CHARS].rpartition(" ")[0]
     for pattern, replacement in _REPLACEMENTS:
         text = pattern.sub(replacement, text)
-    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     if len(text) > SAFE_MESSAGE_MAX_CHARS:
         text = text[: SAFE_MESSAGE_MAX_CHARS - 1].rstrip() + "…"
     return text

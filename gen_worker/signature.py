@@ -173,7 +173,7 @@ def _check_target(func: Callable[..., Any], definition: Definition) -> None:
     if inspect.iscoroutinefunction(inner) and not inspect.iscoroutinefunction(func):
         raise fail("is an async function inside a decorator that is not: the decorator must be async too")
     limit = definition.resources.max_concurrency
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+    if limit is not None and (type(limit) is not int or limit < 1):
         raise fail(f"has max_concurrency={limit!r}: it must be a whole number of at least 1, or None")
 
 
@@ -208,9 +208,11 @@ def _check_context(func: Callable[..., Any], parameters: list[inspect.Parameter]
         raise _failure(func, "takes no parameters: the first must be ctx: ActionContext")
     first = parameters[0]
     hint = hints.get(first.name, _MISSING)
-    if not is_a(hint, ActionContext) or first.kind not in {first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD}:
+    if not is_a(hint, ActionContext):
         found = "has no annotation" if hint is _MISSING else f"is {show(hint)}"
         raise _failure(func, f"{found}: the first parameter must be ctx: ActionContext", first.name)
+    if first.kind not in {first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD}:
+        raise _failure(func, f"is {first.kind.description}: ctx is passed by position", first.name)
     return first.name
 
 
@@ -239,7 +241,7 @@ def _injection(func: Callable[..., Any], name: str, hint: Any, refs: list[ModelR
         raise _failure(func, "has more than one ModelRef", name)
     if not isinstance(hint, type) or get_origin(hint) is not None:
         raise _failure(func, f"injects {show(hint)}: what is injected must be a class", name)
-    if not isinstance(refs[0].key, str) or not refs[0].key:
+    if not refs[0].key:
         raise _failure(func, "has a ModelRef without a key", name)
     return InjectionSpec(name, hint, refs[0])
 

@@ -20,7 +20,8 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,7 +36,10 @@ LINE_BYTES: Final = 8 * 1024
 LAST_LINES: Final = 40
 LAST_READS: Final = 64
 """How much is still read of a dead child's output, in reads of 64 KiB."""
+"""The same for its pipe, in reads of READ_BYTES: a process that it left behind may still write to both."""
 PIPE_BUFFER_BYTES: Final = 1024 * 1024
+CLOSED_PIPE_S: Final = 0.5
+"""A child that exits closes its pipe a moment before; one that lives on without it this long is killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,7 @@ class Child(asyncio.BufferedProtocol):
         self._outgoing: list[bytes] = []
         self._transport: asyncio.Transport | None = None
         self._reason = ""
+        self._closed: asyncio.TimerHandle | None = None
         self._exited = False
         self._writable = True
         self._outputs: list[_OutputLines] = []
@@ -89,47 +94,51 @@ class Child(asyncio.BufferedProtocol):
 
     async def spawn(self, module: str, arguments: list[str], env: Mapping[str, str], cwd: str) -> None:
         """Start `python -P -m module`. Raises OSError when the process can't be started."""
-        ours, theirs = multiprocessing.Pipe(duplex=True)
-        down, up = create_arena("down"), create_arena("up")
-        stdout_read, stdout_write = os.pipe()
-        stderr_read, stderr_write = os.pipe()
-        fds = ["--pipe-fd", str(theirs.fileno()), "--down-fd", str(down), "--up-fd", str(up)]
-        command = [sys.executable, "-P", "-m", module, *fds, "--parent-pid", str(os.getpid()), *arguments]
-        try:
+        with ExitStack() as ours, ExitStack() as theirs:
+            near, far = multiprocessing.Pipe(duplex=True)
+            theirs.enter_context(near)  # sockets of its own below stand for it
+            theirs.enter_context(far)
+            down, up = _closed_by(ours, create_arena("down")), _closed_by(ours, create_arena("up"))
+            stdout, stdout_write = _output_pipe(ours, theirs)
+            stderr, stderr_write = _output_pipe(ours, theirs)
+            fds = ["--pipe-fd", str(far.fileno()), "--down-fd", str(down), "--up-fd", str(up)]
+            connection = ours.enter_context(socket.socket(fileno=os.dup(near.fileno())))
+            connection.setblocking(False)
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                connection.setsockopt(socket.SOL_SOCKET, option, PIPE_BUFFER_BYTES)
+            # The transport closes its socket when the pipe ends; what the child wrote is still read from this one.
+            self._last_words = ours.enter_context(connection.dup())
             self._process = subprocess.Popen(  # noqa: S603  (our own interpreter and module)
-                command,
+                [sys.executable, "-P", "-m", module, *fds, "--parent-pid", str(os.getpid()), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout_write,
                 stderr=stderr_write,
-                pass_fds=(theirs.fileno(), down, up),
+                pass_fds=(far.fileno(), down, up),
                 env=dict(env),
                 cwd=cwd,
                 start_new_session=True,
             )
-        except OSError:
-            for fd in (stdout_read, stderr_read, down, up):
-                os.close(fd)
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(stdout_write)
-            os.close(stderr_write)
-        self.pid = self._process.pid
+            self.pid = self._process.pid
+            ours.callback(self._undo_start)
+            self._pidfd = _closed_by(ours, os.pidfd_open(self.pid))
+            self._loop.add_reader(self._pidfd, self._on_pidfd)
+            ours.pop_all()
         self.arena_down = ArenaWriter(down)
         self.arena_up = ArenaReader(up)
-        self._socket = socket.socket(fileno=os.dup(ours.fileno()))
-        ours.close()
-        self._socket.setblocking(False)
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            self._socket.setsockopt(socket.SOL_SOCKET, option, PIPE_BUFFER_BYTES)
-        self._pidfd = os.pidfd_open(self.pid)
-        self._loop.add_reader(self._pidfd, self._on_pidfd)
         self._outputs = [
-            _OutputLines(self._loop, stdout_read, "stdout", self._take_line),
-            _OutputLines(self._loop, stderr_read, "stderr", self._take_line),
+            _OutputLines(self._loop, stdout, "stdout", self._take_line),
+            _OutputLines(self._loop, stderr, "stderr", self._take_line),
         ]
-        await self._loop.create_unix_connection(lambda: self, sock=self._socket)
+        try:
+            await self._loop.create_unix_connection(lambda: self, sock=connection)
+        except OSError as error:
+            # It runs, so this ends as any other death does: with on_exit.
+            connection.close()
+            self.kill(f"its pipe can't be used: {error}")
+
+    def _undo_start(self) -> None:
+        self._signal_group(signal.SIGKILL)
+        self._process.wait()
 
     # -- towards the child --------------------------------------------------------------------
 
@@ -139,12 +148,13 @@ class Child(asyncio.BufferedProtocol):
         return self._writable
 
     def send(self, body: bytes) -> None:
-        """Queue one frame; dropped when the child is gone."""
+        """Queue one frame; dropped when the child is gone. Raises FrameError when it is over the cap."""
         if self._exited:
             return
+        frame = encode_frame(body)
         if not self._outgoing:
             self._loop.call_soon(self._flush)
-        self._outgoing.append(encode_frame(body))
+        self._outgoing.append(frame)
 
     def kill(self, reason: str) -> None:
         """SIGKILL to the child and all that it started in its session. The first reason is kept."""
@@ -160,16 +170,22 @@ class Child(asyncio.BufferedProtocol):
             log.debug("process group %d is already gone", self.pid)
 
     def _flush(self) -> None:
-        if self._outgoing and self._transport is not None and not self._transport.is_closing():
-            self._transport.write(b"".join(self._outgoing))
-        self._outgoing.clear()
+        if self._transport is None:
+            return  # connection_made comes back to it
+        outgoing, self._outgoing = self._outgoing, []
+        if outgoing and not self._transport.is_closing():
+            self._transport.write(b"".join(outgoing))
 
     # -- asyncio.BufferedProtocol -------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        if self._exited:
+            transport.abort()
+            return
         transport.set_write_buffer_limits(high=PIPE_BUFFER_BYTES)
+        self._flush()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         return self._buffer
@@ -178,11 +194,11 @@ class Child(asyncio.BufferedProtocol):
         self._feed(self._buffer[:nbytes])
 
     def eof_received(self) -> bool:
-        self._broken("it closed its pipe")
+        self._pipe_closed("it closed its pipe")
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._broken(f"its pipe broke: {exc}" if exc else "it closed its pipe")
+        self._pipe_closed(f"its pipe broke: {exc}" if exc else "it closed its pipe")
 
     def pause_writing(self) -> None:
         self._writable = False
@@ -195,16 +211,17 @@ class Child(asyncio.BufferedProtocol):
         if self._exited:
             return
         try:
-            for body in self._decoder.feed(data):
-                self._on_frame(body)
+            bodies: Sequence[bytes] = self._decoder.feed(data)
         except FrameError as error:
-            self._broken(f"it sent garbage on its pipe: {error}")
+            bodies = error.bodies
+            self.kill(f"it sent garbage on its pipe: {error}")
+        for body in bodies:
+            self._on_frame(body)
 
-    def _broken(self, reason: str) -> None:
-        """A child whose pipe is of no use any more is killed; its exit is then noticed as any other."""
-        if self._exited or self._process.poll() is not None:
-            return
-        self.kill(reason)
+    def _pipe_closed(self, reason: str) -> None:
+        """A child without its pipe is of no use; its exit is then noticed as any other."""
+        if self._closed is None and not self._exited:
+            self._closed = self._loop.call_later(CLOSED_PIPE_S, self.kill, reason)
 
     # -- its end ------------------------------------------------------------------------------
 
@@ -214,22 +231,29 @@ class Child(asyncio.BufferedProtocol):
         returncode = self._process.wait()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        self._drain_pipe()
-        for output in self._outputs:
-            output.close()
-        self._exited = True
+        try:
+            self._drain_pipe()
+            for output in self._outputs:
+                output.close()
+        finally:
+            self._exited = True
+            self._release()
+            self._on_exit(ExitCause(returncode, self._reason))
+
+    def _release(self) -> None:
+        if self._closed is not None:
+            self._closed.cancel()
         if self._transport is not None:
-            self._transport.abort()
-        self._socket.close()
+            self._transport.abort()  # it owns its socket; one that is not connected yet is aborted when it is
+        self._last_words.close()
         self.arena_down.close()
         self.arena_up.close()
-        self._on_exit(ExitCause(returncode, self._reason))
 
     def _drain_pipe(self) -> None:
         """Read what the child wrote before it died; a process that it forked may keep the pipe open."""
-        while True:
+        for _ in range(LAST_READS):
             try:
-                received = self._socket.recv_into(self._buffer)
+                received = self._last_words.recv_into(self._buffer)
             except (BlockingIOError, ConnectionError):
                 return
             if not received:
@@ -239,6 +263,16 @@ class Child(asyncio.BufferedProtocol):
     def _take_line(self, stream: str, line: str) -> None:
         self.last_lines.append(line)
         self._on_line(stream, line)
+
+
+def _closed_by(stack: ExitStack, fd: int) -> int:
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _output_pipe(ours: ExitStack, theirs: ExitStack) -> tuple[int, int]:
+    read_end, write_end = os.pipe()
+    return _closed_by(ours, read_end), _closed_by(theirs, write_end)
 
 
 class _OutputLines:
@@ -279,6 +313,6 @@ class _OutputLines:
             if not self._read():
                 break
         if self._rest:
-            self._on_line(self._name, self._rest.decode(errors="replace"))
+            self._on_line(self._name, self._rest.decode(errors="replace").rstrip("\r"))
         self._loop.remove_reader(self._fd)
         os.close(self._fd)

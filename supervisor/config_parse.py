@@ -37,12 +37,19 @@ class Invalid(ValueError):
     """The text is not what the variable takes; the message completes "expected ..."."""
 
 
-class LocalModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LocalModel(msgspec.Struct, frozen=True):
     """One entry of WORKER_MODEL_ARTIFACTS_JSON: a model whose files are already on this machine."""
 
     root_dir: str
     files: dict[str, str] = {}
     """Key -> path, relative to root_dir or absolute."""
+    metadata: dict[str, str] = {}
+    """What was not written as a string is here as JSON text."""
+
+
+class _WrittenModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    root_dir: str
+    files: dict[str, str] = {}
     metadata: dict[str, object] = {}
 
 
@@ -170,7 +177,7 @@ def choice(*options: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         if value.lower() in options:
             return value.lower()
-        raise Invalid(" or ".join(options) if len(options) <= 2 else f"one of {', '.join(options)}")
+        raise Invalid(f"{', '.join(options[:-1])} or {options[-1]}")
 
     return parse
 
@@ -195,11 +202,18 @@ def comma_list(parse: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
 def local_models(value: str) -> dict[str, LocalModel]:
     """WORKER_MODEL_ARTIFACTS_JSON: model id -> where its files are."""
     shape = '{"<model id>": {"root_dir": "<path>", "files": {...}, "metadata": {...}}}'
-    models = _json_map(value, dict[str, LocalModel], shape)
-    for model_id, model in models.items():
+    written = _json_map(value, dict[str, _WrittenModel], shape)
+    for model_id, model in written.items():
         if not model.root_dir:
             raise Invalid(f"{shape} with a root_dir that is not empty, for {model_id!r} too")
-    return models
+    return {
+        model_id: LocalModel(
+            root_dir=model.root_dir,
+            files=model.files,
+            metadata={key: item if isinstance(item, str) else _json_text(item) for key, item in model.metadata.items()},
+        )
+        for model_id, model in written.items()
+    }
 
 
 def runtime_loaders(value: str) -> dict[str, str]:
@@ -220,3 +234,7 @@ def _json_map(value: str, kind: type[dict[str, T]], shape: str) -> dict[str, T]:
         return msgspec.json.decode(value, type=kind)
     except (msgspec.DecodeError, UnicodeEncodeError) as error:
         raise Invalid(f"JSON {shape} ({error})") from None
+
+
+def _json_text(item: object) -> str:
+    return msgspec.json.encode(item).decode()

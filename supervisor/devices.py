@@ -49,7 +49,7 @@ class DeviceProbe(Protocol):
     devices: Sequence[Device]
 
     def memory(self, device: Device) -> DeviceMemory:
-        """What is used and free on a GPU now."""
+        """What is used and free on a GPU now. Raises DeviceError."""
 
 
 class CpuProbe:
@@ -104,7 +104,10 @@ class NvmlProbe:
         self.devices: Sequence[Device] = select(select(found, _split(visible)), list(selection) or None)
 
     def memory(self, device: Device) -> DeviceMemory:
-        info = self._nvml.nvmlDeviceGetMemoryInfo(self._handles[device.uuid])
+        try:
+            info = self._nvml.nvmlDeviceGetMemoryInfo(self._handles[device.uuid])
+        except self._nvml.NVMLError as error:
+            raise DeviceError(f"NVML can't read the memory of {device.uuid}: {error}") from error
         return DeviceMemory(int(info.used), int(info.free))
 
     def _instances(self, handle: Any) -> list[Any]:
@@ -138,7 +141,7 @@ def select(devices: Sequence[Device], wanted: Sequence[str] | None) -> list[Devi
         return list(devices)
     chosen: list[Device] = []
     for item in wanted:
-        if item.isdigit():
+        if item.isdecimal():
             matches = [devices[int(item)]] if int(item) < len(devices) else []
         else:
             matches = [device for device in devices if device.uuid.startswith(item)]

@@ -121,8 +121,8 @@ class ExecutorHandle:
         self._send(init)
 
     def drain(self) -> None:
-        """Take no more runs: READY -> DRAINING."""
-        if self.state is HandleState.READY:
+        """Take no runs any more: STARTING or READY -> DRAINING."""
+        if self.state is not HandleState.DEAD:
             self.state = HandleState.DRAINING
 
     def shutdown(self) -> None:
@@ -195,7 +195,7 @@ class ExecutorHandle:
         try:
             message = decode_upward(body)
             self._handle(message)
-        except (msgspec.DecodeError, ArenaError) as error:
+        except (ValueError, ArenaError) as error:  # msgspec's errors and UnicodeDecodeError are ValueErrors
             self.kill(f"it sent a message that is not one: {error}")
 
     def _handle(self, message: Upward) -> None:
@@ -227,6 +227,8 @@ class ExecutorHandle:
         if ready.protocol != PIPE_PROTOCOL:
             self.kill(f"it speaks pipe protocol {ready.protocol}, this supervisor {PIPE_PROTOCOL}")
             return
+        if self.state is HandleState.DRAINING:
+            return  # it was told to leave before it got here
         if self.state is not HandleState.STARTING:
             self.kill("it said twice that it is ready")
             return

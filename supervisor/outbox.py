@@ -37,13 +37,15 @@ _OVERHEAD_BYTES: Final = 256
 class _RunQueue:
     """The events of one run that wait, and its result behind them."""
 
-    __slots__ = ("credit", "items", "key", "result")
+    __slots__ = ("credit", "items", "key", "queued", "result")
 
     def __init__(self, key: int) -> None:
         self.key = key
         self.items: deque[tuple[bytes, int]] = deque()
         self.result: bytes | None = None
         self.credit = 0
+        self.queued = False
+        """Whether it has its place in the turns."""
 
 
 class _Taken(NamedTuple):
@@ -80,9 +82,8 @@ class Outbox:
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = _RunQueue(key)
-        if not queue.items:
-            self._turns.append(queue)
         queue.items.append((message, weight))
+        self._queue_turn(queue)
         self._wake.set()
 
     def put_result(self, key: int, message: bytes) -> None:
@@ -111,7 +112,9 @@ class Outbox:
     # -- the session --------------------------------------------------------------------------
 
     async def take(self) -> Sequence[bytes]:
-        """The next batch; waits until there is one. `accepted` must follow before the next take."""
+        """The next batch; waits until there is one. A batch that `accepted` did not follow is taken again."""
+        if self._taken:
+            self.accepted(0)
         while not self._urgent and not self._turns:
             self._wake.clear()
             await self._wake.wait()
@@ -122,7 +125,9 @@ class Outbox:
             taken.append(_Taken(data, None, 0, is_result))
             room -= len(data)
         while self._turns and room > 0 and len(taken) < BATCH_MESSAGES:
-            room -= self._take_turn(self._turns.popleft(), min(room, TURN_BYTES))
+            queue = self._turns.popleft()
+            queue.queued = False
+            room -= self._take_turn(queue, min(room, TURN_BYTES))
         return [item.data for item in taken]
 
     def accepted(self, count: int) -> None:
@@ -161,15 +166,18 @@ class Outbox:
             data, weight = queue.items.popleft()
             self._taken.append(_Taken(data, queue, weight, is_result=False))
             used += len(data)
-        if queue.items:
-            self._turns.append(queue)
-        elif queue.result is not None and len(self._taken) < BATCH_MESSAGES:
+        if not queue.items and queue.result is not None and len(self._taken) < BATCH_MESSAGES:
             self._taken.append(_Taken(queue.result, queue, 0, is_result=True))
             used += len(queue.result)
             queue.result = None
-        elif queue.result is not None:
-            self._turns.append(queue)
+        self._queue_turn(queue)
         return used
+
+    def _queue_turn(self, queue: _RunQueue) -> None:
+        """Give a queue its place in the turns when something waits in it, once."""
+        if not queue.queued and (queue.items or queue.result is not None):
+            queue.queued = True
+            self._turns.append(queue)
 
     def _put_back(self, item: _Taken) -> None:
         queue = item.queue
@@ -182,13 +190,11 @@ class Outbox:
 
     def _settle(self, taken: list[_Taken]) -> None:
         """After a hand-over: give credits, and put queues that wait again into the turns."""
-        waiting = set(map(id, self._turns))
         for queue in {id(item.queue): item.queue for item in taken if item.queue is not None}.values():
             if queue.credit:
                 self._credit(queue.key, queue.credit)
                 queue.credit = 0
-            if id(queue) not in waiting and (queue.items or queue.result is not None):
-                self._turns.append(queue)
+            self._queue_turn(queue)
 
     def _forget_delivered(self, now: float) -> None:
         retained = self._retained

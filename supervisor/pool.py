@@ -50,7 +50,8 @@ class _Slot:
         self.deaths_in_a_row += 1
         if self.deaths_in_a_row == 1:
             return 0.0
-        return min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** (self.deaths_in_a_row - 2))
+        doublings = min(self.deaths_in_a_row - 2, 16)  # far beyond the cap, and no power that overflows
+        return min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0**doublings)
 
 
 class Pool:
@@ -136,6 +137,8 @@ class Pool:
         task.add_done_callback(self._spawning.discard)
 
     async def _start_executor(self, slot: _Slot) -> None:
+        if self._stopping:
+            return
         events = _SlotEvents(self, slot)
         handle = ExecutorHandle(slot.number, slot.incarnation, slot.device, self._threads, events)
         slot.incarnation += 1
@@ -143,9 +146,11 @@ class Pool:
         slot.handle = handle
         try:
             await handle.start(self._init(slot.number, slot.device), self._env(slot.device))
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: what can't be in an environment
             log.error("executor %s can't be started: %s", handle.name, error)
             slot.handle = None
+            if not self.handles:
+                self._empty.set()
             self._replace(slot, f"can't be started: {error}", was_ready=False)
 
     def _died(self, slot: _Slot, handle: ExecutorHandle, cause: ExitCause) -> None:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import msgspec
 
-from gen_worker.model_refs import canonical_ref
+from gen_worker.model_refs import canonical_model_ref
 from gen_worker.pipe.messages import Failure, FunctionInfo, InjectionInfo, LoadModel
 from supervisor.devices import Device
 from supervisor.executor_handle import ExecutorHandle
@@ -56,24 +56,28 @@ class Artifacts(Protocol):
 class Residence(Enum):
     LOADING = "loading"
     HOT = "hot"
+    UNLOADING = "unloading"
 
 
 class Residency:
     """See the module."""
 
     def __init__(self, labels: Mapping[str, str], artifacts: Mapping[str, Artifacts]) -> None:
-        self._labels = dict(labels)
+        self._own_labels = dict(labels)
+        self._labels = self._own_labels
         self._artifacts = {_canonical(model_id): found for model_id, found in artifacts.items()}
         self._allowed: frozenset[str] = frozenset()
         self._held: dict[ExecutorHandle, dict[ModelKey, Residence]] = {}
+        self._failed: dict[ExecutorHandle, set[ModelKey]] = {}
+        """What could not be loaded there last time."""
         self._device_bytes: dict[ExecutorHandle, dict[ModelKey, int]] = {}
 
     # -- names --------------------------------------------------------------------------------
 
     def configure(self, supported: Sequence[str], labels: Mapping[str, str]) -> None:
-        """What deployment_model_config says. An empty `supported` lifts the allowlist."""
+        """What deployment_model_config says, in place of the last. An empty `supported` lifts the allowlist."""
         self._allowed = frozenset(_canonical(model_id) for model_id in supported)
-        self._labels.update(labels)
+        self._labels = {**self._own_labels, **labels}
 
     def resolve(self, info: FunctionInfo, required: Sequence[str], payload: bytes) -> Models:
         """The model of each injected parameter. Raises ModelRefused.
@@ -106,7 +110,7 @@ class Residency:
             return self.model_id(injection.key)
         try:
             name = _TEXT.decode(_FIELDS.decode(payload)[injection.key])
-        except (msgspec.DecodeError, KeyError) as error:
+        except (ValueError, KeyError, RecursionError) as error:  # msgspec's errors and UnicodeDecodeError are ValueErrors
             safe = f"payload field '{injection.key}' must name a model"
             raise ModelRefused(invalid(safe, f"{info.name}: {safe}: {error!r}")) from error
         return self.model_id(name)
@@ -129,12 +133,15 @@ class Residency:
         return [(model_id, types[param]) for param, model_id in models]
 
     def state(self, handle: ExecutorHandle, keys: Sequence[ModelKey]) -> Residence | None:
-        """HOT when it holds all of them, LOADING when it will, None when something was not asked for yet."""
+        """HOT when it holds all of them, None when something was not asked for yet, else LOADING.
+
+        What is being unloaded counts as under way: when it is gone it has not been asked for.
+        """
         held = self._held.get(handle, {})
         states = [held.get(key) for key in keys]
         if any(state is None for state in states):
             return None
-        return Residence.LOADING if Residence.LOADING in states else Residence.HOT
+        return Residence.HOT if all(state is Residence.HOT for state in states) else Residence.LOADING
 
     def load(self, handle: ExecutorHandle, keys: Sequence[ModelKey]) -> None:
         """Have `handle` load what it lacks of `keys`."""
@@ -152,10 +159,16 @@ class Residency:
 
     def loaded(self, handle: ExecutorHandle, key: ModelKey, device_bytes: int) -> None:
         self._held.setdefault(handle, {})[key] = Residence.HOT
+        self._failed.get(handle, set()).discard(key)
         self._device_bytes.setdefault(handle, {})[key] = device_bytes
 
     def load_failed(self, handle: ExecutorHandle, key: ModelKey) -> None:
         self._held.get(handle, {}).pop(key, None)
+        self._failed.setdefault(handle, set()).add(key)
+
+    def has_failed(self, handle: ExecutorHandle, keys: Sequence[ModelKey]) -> bool:
+        """Whether `handle` could not load one of them last time."""
+        return not self._failed.get(handle, set()).isdisjoint(keys)
 
     def bytes_on(self, device: Device) -> int:
         """What the executors of `device` say that their models hold there."""
@@ -164,18 +177,32 @@ class Residency:
         )
 
     def holders(self, model_id: str) -> list[ExecutorHandle]:
-        """The executors that hold it hot."""
+        """The executors that have it in memory."""
         return [
             handle
             for handle, held in self._held.items()
-            if any(key[0] == model_id and state is Residence.HOT for key, state in held.items())
+            if any(key[0] == model_id and state is not Residence.LOADING for key, state in held.items())
         ]
+
+    def unload(self, handle: ExecutorHandle, model_id: str) -> None:
+        """Have `handle` drop a model; no run is given to it for that from here on."""
+        held = self._held.get(handle, {})
+        hot = [key for key, state in held.items() if key[0] == model_id and state is Residence.HOT]
+        held.update(dict.fromkeys(hot, Residence.UNLOADING))
+        if hot:
+            handle.send_unload(model_id)
 
     def unloaded(self, handle: ExecutorHandle, model_id: str) -> None:
         held = self._held.get(handle, {})
-        for key in [key for key in held if key[0] == model_id]:
+        for key in [key for key, state in held.items() if key[0] == model_id and state is not Residence.LOADING]:
             del held[key]
             self._device_bytes.get(handle, {}).pop(key, None)
+
+    def unload_failed(self, handle: ExecutorHandle, model_id: str) -> None:
+        """It still has the model."""
+        held = self._held.get(handle, {})
+        for key in [key for key, state in held.items() if key[0] == model_id and state is Residence.UNLOADING]:
+            held[key] = Residence.HOT
 
     def loading(self, handle: ExecutorHandle) -> set[ModelKey]:
         return {key for key, state in self._held.get(handle, {}).items() if state is Residence.LOADING}
@@ -183,6 +210,7 @@ class Residency:
     def forget(self, handle: ExecutorHandle) -> None:
         """The executor is gone, and all that it held with it."""
         self._held.pop(handle, None)
+        self._failed.pop(handle, None)
         self._device_bytes.pop(handle, None)
 
     def hot_models(self) -> list[str]:
@@ -199,6 +227,6 @@ class Residency:
 def _canonical(ref: str) -> str:
     """The canonical form of a ref; a name that is no ref (a local model may have any) stays as it is."""
     try:
-        return canonical_ref(ref)
+        return canonical_model_ref(ref)
     except ValueError:
         return ref

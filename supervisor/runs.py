@@ -3,7 +3,7 @@
 Owns: the states of a run and the moves between them. Only the transition methods move a run; one that has ended
 stays ended, whatever else arrives for it.
 
-    QUEUED <-> WAITING_MODEL -> RUNNING -> CANCELING -> SUCCEEDED | FAILED
+    QUEUED -> WAITING_MODEL -> RUNNING -> CANCELING -> SUCCEEDED | FAILED
        any state that is not terminal ---------------> FAILED
 """
 

@@ -109,7 +109,11 @@ class Settings:
     auth_token: str = _var("AUTH_TOKEN", parse.token, "", "bearer token", secret=True)
     worker_jwt: str = _var("WORKER_JWT", parse.token, "", "bearer token when AUTH_TOKEN is not set", secret=True)
     auth_token_file: Path | None = _var(
-        "AUTH_TOKEN_FILE", parse.optional(parse.path), "", "file with the token, read again at every connect", withheld=True
+        "AUTH_TOKEN_FILE",
+        parse.optional(parse.path),
+        "",
+        "file with the token, read again at every connect",
+        withheld=True,
     )
     scheduler_jwks_url: str = _var(
         "SCHEDULER_JWKS_URL", parse.http_url, "", "when set, the token is verified against it before dialing"

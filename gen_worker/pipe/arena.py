@@ -43,9 +43,11 @@ class ArenaWriter:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._end = os.fstat(fd).st_size
-        self._free: dict[int, list[int]] = {}
+        self._retained: dict[int, list[int]] = {}
+        """Offsets of free blocks by block size: those whose pages were kept, and those that gave them back."""
+        self._released: dict[int, list[int]] = {}
         self._used: dict[int, int] = {}
-        self._free_bytes = 0
+        self._retained_bytes = 0
 
     def put(self, data: bytes | bytearray | memoryview) -> Blob:
         """Copy `data` in. Raises OSError when the kernel has no memory for it."""
@@ -66,25 +68,27 @@ class ArenaWriter:
         block = self._used.pop(offset, None)
         if block is None:
             raise ArenaError(f"no block at offset {offset} is in use")
-        if self._free_bytes + block > RETAIN_BYTES:
+        if self._retained_bytes + block > RETAIN_BYTES:
             with mmap.mmap(self._fd, block, offset=offset) as mapped:
                 mapped.madvise(mmap.MADV_REMOVE)
+            self._released.setdefault(block, []).append(offset)
         else:
-            self._free_bytes += block
-        self._free.setdefault(block, []).append(offset)
+            self._retained_bytes += block
+            self._retained.setdefault(block, []).append(offset)
 
     def close(self) -> None:
         os.close(self._fd)
 
     def _take(self, block: int) -> int:
-        offsets = self._free.get(block)
-        if offsets:
-            offset = offsets.pop()
-            self._free_bytes = max(0, self._free_bytes - block)
+        if retained := self._retained.get(block):
+            offset = retained.pop()
+            self._retained_bytes -= block
+        elif released := self._released.get(block):
+            offset = released.pop()
         else:
             offset = self._end
-            self._end += block
-            os.ftruncate(self._fd, self._end)
+            os.ftruncate(self._fd, offset + block)
+            self._end = offset + block
         self._used[offset] = block
         return offset
 
@@ -107,6 +111,8 @@ class ArenaReader:
     def view(self, blob: Blob) -> memoryview:
         """The blob in place, valid until its Free is sent. Raises ArenaError."""
         self._check(blob)
+        if not blob.size:
+            return memoryview(b"")  # an empty file can't be mapped
         if self._map is None or blob.offset + blob.size > len(self._map):
             # The old map lives on for as long as views of it do.
             self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)

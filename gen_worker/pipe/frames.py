@@ -11,6 +11,7 @@ Connection can stand at either end.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 FRAME_CAP_BYTES: Final = 8 * 1024 * 1024
@@ -21,7 +22,14 @@ _PREFIX_BYTES = _LENGTH.size
 
 
 class FrameError(Exception):
-    """The other end sent what can't be a frame; nothing after it can be trusted."""
+    """The other end sent what can't be a frame; nothing after it can be trusted.
+
+    `bodies` are the whole frames that came before it in the same `feed`: they count.
+    """
+
+    def __init__(self, message: str, bodies: Sequence[bytes] = ()) -> None:
+        super().__init__(message)
+        self.bodies = bodies
 
 
 def encode_frame(body: bytes) -> bytes:
@@ -32,13 +40,17 @@ def encode_frame(body: bytes) -> bytes:
 
 
 class FrameDecoder:
-    """Cuts what `feed` is given into whole frames and keeps the rest for the next call."""
+    """Cuts what `feed` is given into whole frames and keeps the rest for the next call.
 
-    __slots__ = ("_cap", "_rest")
+    Once it met what is no frame it takes nothing more: each further `feed` raises the same.
+    """
+
+    __slots__ = ("_broken", "_cap", "_rest")
 
     def __init__(self, cap: int = FRAME_CAP_BYTES) -> None:
         self._cap = cap
         self._rest = bytearray()
+        self._broken = ""
 
     @property
     def pending(self) -> int:
@@ -47,24 +59,33 @@ class FrameDecoder:
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[bytes]:
         """The bodies of the frames that `data` completes, in order. Raises FrameError."""
+        if self._broken:
+            raise FrameError(self._broken)
+        bodies: list[bytes] = []
         if self._rest:
             self._rest += data
-            source: bytes | bytearray | memoryview = self._rest
+            with memoryview(self._rest) as source:
+                position = self._cut(source, bodies)
+            del self._rest[:position]
         else:
-            source = data
-        bodies: list[bytes] = []
+            with memoryview(data) as source:
+                self._rest += source[self._cut(source, bodies) :]
+        if self._broken:
+            self._rest.clear()
+            raise FrameError(self._broken, bodies)
+        return bodies
+
+    def _cut(self, source: memoryview, bodies: list[bytes]) -> int:
+        """Append the whole frames at the start of `source`; returns where they end."""
         position, end = 0, len(source)
         while end - position >= _PREFIX_BYTES:
             (length,) = _LENGTH.unpack_from(source, position)
             if not 0 <= length <= self._cap:
-                raise FrameError(f"a frame says it has {length} bytes; the cap is {self._cap}")
+                self._broken = f"a frame says it has {length} bytes; the cap is {self._cap}"
+                break
             stop = position + _PREFIX_BYTES + length
             if stop > end:
                 break
             bodies.append(bytes(source[position + _PREFIX_BYTES : stop]))
             position = stop
-        if source is self._rest:
-            del self._rest[:position]
-        else:
-            self._rest += source[position:]
-        return bodies
+        return position

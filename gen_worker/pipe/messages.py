@@ -23,6 +23,9 @@ import msgspec
 PIPE_PROTOCOL: Final = 1
 """Raised when a change breaks the other end; both ends compare it at start."""
 
+EVENT_OVERHEAD_BYTES: Final = 64
+"""What an event takes of its run's window beyond its payload: both ends count `len(payload)` and this."""
+
 ErrorType = Literal[
     "validation", "retryable", "resource", "canceled", "fatal", "auth", "internal", "timeout"
 ]

@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -131,7 +132,7 @@ def test_a_message_can_neither_pose_as_a_record_nor_steer_the_terminal(logged: L
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_odd_records_are_still_logged(logged: LogFile, log_format: str) -> None:
     logged.start(log_format=log_format)
-    log.info("no argument for %s and %d", "x")
+    log.info("no argument for %s and %d", "x")  # noqa: PLE1206 - the mistake is the test
     log.info("surrogate \udcff", extra={"run_id": "\ud800"})
     log.info("x" * 100_000)
     one, two, three = logged.lines()
@@ -169,7 +170,9 @@ def test_very_short_secrets_do_not_garble_the_log() -> None:
     assert Redactor({"a"}).redact("a cat") == "a cat"
 
 
-@pytest.mark.parametrize("piece", ["eyJ", "a-", "token", "://a", "bearer ", '"token', "hf_a", "?sig", "://a:", '"token":"'])
+@pytest.mark.parametrize(
+    "piece", ["eyJ", "a-", "token", "://a", "bearer ", '"token', "hf_a", "?sig", "://a:", '"token":"']
+)
 def test_redaction_takes_linear_time(piece: str) -> None:
     redactor, text = Redactor({"secret"}), piece * 50_000
     started = time.process_time()
@@ -203,15 +206,19 @@ def test_a_stalled_reader_never_holds_up_a_thread_that_logs(stalled: tuple[int, 
         chunks: list[bytes] = []
         reader = threading.Thread(target=_read_all, args=(read_end, chunks), daemon=True)
         reader.start()
-        until(lambda: b"dropped" in b"".join(chunks))
+        until(lambda: _reported_drops(chunks) == dropped)
         log.info("after recovery")
         until(lambda: b"after recovery" in b"".join(chunks))
     finally:
         handle.stop()
     text = b"".join(chunks).decode()
-    assert f"WARNING  logs             {dropped} log records were dropped" in text
-    assert text.count("were dropped") == 1
+    assert _reported_drops(chunks) == handle.dropped == dropped
     assert text.count("x" * 1000) + dropped == 500
+    assert text.splitlines()[-1].endswith("after recovery")
+
+
+def _reported_drops(chunks: list[bytes]) -> int:
+    return sum(int(count) for count in re.findall(rb"WARNING  logs +(\d+) log records were dropped", b"".join(chunks)))
 
 
 def _read_all(fd: int, chunks: list[bytes]) -> None:
@@ -288,7 +295,7 @@ start_logging()
 logging.getLogger("x").error("the very last line")
 raise SystemExit(7)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)  # noqa: S603
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 7
     assert done.stderr.endswith("the very last line\n")
 
@@ -303,6 +310,6 @@ for _ in range(100):
 handle.stop(timeout_s=0.05)
 """
     read_end, write_end = stalled
-    done = subprocess.run([sys.executable, "-c", code], stderr=write_end, timeout=30, check=False)  # noqa: S603
+    done = subprocess.run([sys.executable, "-c", code], stderr=write_end, timeout=30, check=False)
     assert done.returncode == 0
     os.close(read_end)

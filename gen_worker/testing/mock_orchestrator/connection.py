@@ -106,13 +106,16 @@ class Received:
 
 
 class ConnectionListener(Protocol):
-    """What a connection tells its owner; both are called on the event loop and must not block."""
+    """What a connection tells its owner; all are called on the event loop and must not block."""
 
     def received(self, connection: WorkerConnection, kind: str, message: pb.WorkerSchedulerMessage) -> None:
         """A message arrived; `kind` is the oneof's member, empty when none is set."""
 
     def changed(self) -> None:
-        """Something that someone may wait for has happened."""
+        """Something else that someone may wait for has happened."""
+
+    def ended(self, connection: WorkerConnection) -> None:
+        """The stream is over."""
 
 
 class WorkerConnection:
@@ -158,12 +161,13 @@ class WorkerConnection:
         self._local_port = local_port
         self._listener = listener
         self._record = record
-        self._headers_sent = False
+        self._headers: asyncio.Future[None] | None = None
         self._writing = asyncio.Lock()
         self._reading = asyncio.Event()
         self._reading.set()
         self._verdict: asyncio.Future[tuple[EndedBy, grpc.StatusCode, str]] = asyncio.get_running_loop().create_future()
         self._dropped = False
+        self._cut_reason = ""
         self._over = asyncio.Event()
 
     def __repr__(self) -> str:
@@ -207,22 +211,26 @@ class WorkerConnection:
             context = self._context
             if context is None or not self.live:
                 raise StreamEndedError(f"{self!r}: nothing can be sent on it")
+            await self._write_headers(context)
             try:
                 await context.write(data)
             except grpc.aio.BaseError as error:
                 raise StreamEndedError(f"{self!r}: it ended while a message was being sent") from error
-            self._headers_sent = True
 
     async def send_headers(self) -> None:
         """Answer the call with headers (gRPC's initial metadata), if that has not happened yet."""
         async with self._writing:
-            if self._headers_sent or self._context is None or not self.live:
-                return
-            self._headers_sent = True
-            try:
-                await self._context.send_initial_metadata(())
-            except grpc.aio.BaseError as error:
-                raise StreamEndedError(f"{self!r}: it ended before its headers were sent") from error
+            if self._context is not None and self.live:
+                await self._write_headers(self._context)
+
+    async def _write_headers(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        # In a task of its own, which `serve` waits for: gRPC must not be asked for a status while they are on their way.
+        if self._headers is None:
+            self._headers = asyncio.ensure_future(context.send_initial_metadata(()))
+        try:
+            await asyncio.shield(self._headers)
+        except grpc.aio.BaseError as error:
+            raise StreamEndedError(f"{self!r}: it ended before its headers were sent") from error
 
     def pause_reading(self) -> None:
         """Stop taking messages from the stream, so that HTTP/2's windows fill and the worker can't send.
@@ -253,6 +261,7 @@ class WorkerConnection:
         if not cut_connection(self.peer, self._local_port):
             raise StreamEndedError(f"{self!r}: its connection is gone already")
         self._dropped = True
+        self.expect_cut("dropped")
 
     async def wait_ended(self, timeout: float = 10.0) -> StreamEnd:
         """Wait until the stream is over at this end. Raises WaitTimeoutError after `timeout` seconds."""
@@ -260,7 +269,7 @@ class WorkerConnection:
             async with asyncio.timeout(timeout):
                 await self._over.wait()
         except TimeoutError:
-            raise WaitTimeoutError(f"{self!r} did not end within {timeout} s") from None
+            raise WaitTimeoutError(f"{self!r} did not end within {timeout:g} s") from None
         if self.ended is None:
             raise AssertionError("a stream is over and has no end")
         return self.ended
@@ -269,7 +278,16 @@ class WorkerConnection:
         if not self._verdict.done():
             self._verdict.set_result((by, code, details))
 
-    # -- the stream's life; called by the orchestrator ----------------------------------------------
+    # -- called by the orchestrator and its runs ----------------------------------------------
+
+    def violate(self, text: str) -> None:
+        """Note that the worker broke the protocol."""
+        self.violations.append(text)
+        logger.warning("%r broke the protocol: %s", self, text)
+
+    def expect_cut(self, reason: str) -> None:
+        """If the stream is lost from now on, that was our doing."""
+        self._cut_reason = self._cut_reason or reason
 
     async def serve(self, open_stream: Callable[[WorkerConnection], Awaitable[None]]) -> None:
         """Live through the stream; returns (status OK) or raises what makes gRPC send another one."""
@@ -289,20 +307,21 @@ class WorkerConnection:
         finally:  # also when gRPC cancels this task: the worker is lost, or the server stops
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, *([self._headers] if self._headers else []), return_exceptions=True)
             self._finish(by, code, details)
         if code is not grpc.StatusCode.OK:
             await context.abort(code, details)
 
     def _finish(self, by: EndedBy, code: grpc.StatusCode, details: str) -> None:
-        if self._dropped:
-            by, details = EndedBy.SCHEDULER, "dropped"
-        sent = None if by is EndedBy.LOST or self._dropped else code
-        self.ended = StreamEnd(by, sent, details, time.monotonic())
+        status: grpc.StatusCode | None = code
+        if self._dropped or by is EndedBy.LOST:
+            by = EndedBy.SCHEDULER if self._cut_reason else EndedBy.LOST
+            status, details = None, self._cut_reason
+        self.ended = StreamEnd(by, status, details, time.monotonic())
         self._verdict.cancel()
         self._context = None
         self._over.set()
-        self._listener.changed()
+        self._listener.ended(self)
 
     async def _open(self, open_stream: Callable[[WorkerConnection], Awaitable[None]]) -> None:
         try:
@@ -336,24 +355,24 @@ class WorkerConnection:
             self.log.append(Received(time.monotonic(), data, message))
         if message is None:
             self.unparseable.append(data)
-            self.violations.append(f"{len(data)} bytes that are no WorkerSchedulerMessage")
+            self.violate(f"{len(data)} bytes that are no WorkerSchedulerMessage")
             self._listener.changed()
             return
         kind = message.WhichOneof("msg") or ""
         if kind == "worker_registration":
             self._register(message.worker_registration)
         elif kind not in FROM_WORKER:
-            self.violations.append(f"a worker may not send {kind or 'an empty or unknown message'}")
+            self.violate(f"a worker may not send {kind or 'an empty or unknown message'}")
         elif not self.registrations:
-            self.violations.append(f"{kind} came before the registration")
+            self.violate(f"{kind} came before the registration")
         self._listener.received(self, kind, message)
 
     def _register(self, message: pb.WorkerRegistration) -> None:
         if not message.resources.worker_id:
-            self.violations.append("a registration without a worker_id")
+            self.violate("a registration without a worker_id")
         if bool(self.registrations) != message.is_heartbeat:
             wanted = "true" if self.registrations else "false"
-            self.violations.append(f"registration {len(self.registrations)} of a stream has is_heartbeat not {wanted}")
+            self.violate(f"registration {len(self.registrations)} of a stream has is_heartbeat not {wanted}")
         self.registrations.append(Registration(time.monotonic(), message, self))
         if len(self.registrations) > _KEPT_REGISTRATIONS:
             del self.registrations[1 : _KEPT_REGISTRATIONS // 2]

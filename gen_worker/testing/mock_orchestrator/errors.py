@@ -46,9 +46,7 @@ class RunFailedError(MockOrchestratorError):
 
     exit_code = 1
 
-    def __init__(
-        self, run_id: str, *, error_type: str, safe_message: str, error_message: str, retryable: bool
-    ) -> None:
+    def __init__(self, run_id: str, *, error_type: str, safe_message: str, error_message: str, retryable: bool) -> None:
         text = f"{error_type or 'error'}: {safe_message or error_message or 'no message'}"
         if error_message and error_message != safe_message and safe_message:
             text += f"\n{error_message}"

@@ -53,7 +53,7 @@ class RealtimeSession:
             async with asyncio.timeout(timeout):
                 frame = await self._inbox.get()
         except TimeoutError:
-            raise WaitTimeoutError(f"{self!r}: no frame within {timeout} s") from None
+            raise WaitTimeoutError(f"{self!r}: no frame within {timeout:g} s") from None
         if frame is None:
             self._inbox.put_nowait(None)
             raise StreamEndedError(f"{self!r}: the worker closed it")
@@ -71,7 +71,7 @@ class RealtimeSession:
             async with asyncio.timeout(timeout):
                 await self._closed.wait()
         except TimeoutError:
-            raise WaitTimeoutError(f"{self!r}: not closed within {timeout} s") from None
+            raise WaitTimeoutError(f"{self!r}: not closed within {timeout:g} s") from None
         return self.close_reason or ""
 
     # -- called by the orchestrator -----------------------------------------------------------------

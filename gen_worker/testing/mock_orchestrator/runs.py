@@ -113,7 +113,7 @@ class RunHandle:
                     while not self.results:
                         await self._next_news()
             except TimeoutError:
-                raise NoResultError(f"{self!r}: no result within {timeout} s") from None
+                raise NoResultError(f"{self!r}: no result within {timeout:g} s") from None
         return self.results[0].message
 
     async def output(self, timeout: float = 30.0) -> Any:
@@ -153,14 +153,14 @@ class RunHandle:
     def take_event(self, message: pb.WorkerEvent, connection: WorkerConnection) -> None:
         self.event_count += 1
         if self.results and self.results[-1].connection is connection:
-            connection.violations.append(f"{message.event_type} of run {self.run_id} came after its result")
+            connection.violate(f"{message.event_type} of run {self.run_id} came after its result")
         if self._keep_events:
             self.events.append(RunEvent(time.monotonic(), message, connection))
             self._news.set()
 
     def take_result(self, message: pb.TaskExecutionResult, connection: WorkerConnection) -> None:
         if any(result.connection is connection for result in self.results):
-            connection.violations.append(f"a second result of run {self.run_id} on one stream")
+            connection.violate(f"a second result of run {self.run_id} on one stream")
         self.results.append(RunResult(time.monotonic(), message, connection))
         self._news.set()
 

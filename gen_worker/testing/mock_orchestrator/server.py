@@ -20,7 +20,7 @@ import uuid
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, TypeVar
 
 import grpc
 import msgspec
@@ -30,12 +30,16 @@ from gen_worker.wire import worker_scheduler_pb2 as pb
 
 from .connection import Registration, WorkerConnection
 from .errors import ListenError, NoWorkerError, StreamEndedError, WaitTimeoutError
+from .model_commands import ModelCommands
 from .policies import OnConnect
 from .realtime import RealtimeSession
 from .runs import RunHandle, RunResult
 from .tcp import join_address, split_address, why_not_listen
+from .waiting import Waiters
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Target = WorkerConnection | str | None
 """Whom a command is for: this connection; this worker, on the stream it has now; or whoever fits."""
@@ -59,31 +63,12 @@ def _server_options(message_limit: int) -> list[tuple[str, int]]:
     ]
 
 
-class _Waiter[T]:
-    """Someone who waits for `check` to give something true."""
-
-    def __init__(self, check: Callable[[], T | None]) -> None:
-        self.check = check
-        self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-
-    def look(self) -> None:
-        if self.future.done():
-            return
-        try:
-            value = self.check()
-        except Exception as error:  # the caller's own check failed: the caller gets it
-            self.future.set_exception(error)
-            return
-        if value:
-            self.future.set_result(value)
-
-
 class MockOrchestrator:
     """A scheduler for development, tests and load. All methods belong to one event loop.
 
     Settings that may be changed at any time, for the streams that come next: `required_token`, `on_connect`,
     `send_headers` (False: they go out with the first message), `model_config` (sent after a stream's registration),
-    `on_message` (called with every message that parses, before it is matched).
+    `on_message` (called with every message that parses, before it is matched), `on_end` (called when a stream is over).
 
     workers           live connections by worker_id
     connections       live streams, registered or not
@@ -94,7 +79,7 @@ class MockOrchestrator:
     spawn_requests    the last 10,000 SpawnTasksRequests
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (settings of one server, by name)
         self,
         listen: str = "127.0.0.1:0",
         *,
@@ -102,14 +87,18 @@ class MockOrchestrator:
         required_token: str | None = None,
         on_connect: OnConnect | None = None,
         on_message: OnMessage | None = None,
+        on_end: Callable[[WorkerConnection], None] | None = None,
         send_headers: bool = True,
         model_config: pb.DeploymentModelConfig | None = None,
         record: bool = False,
         message_limit: int = TRANSPORT_LIMIT_BYTES,
         options: Iterable[tuple[str, int | str]] = (),
     ) -> None:
-        """`listen` is `host:port`, port 0 for a free one; `record` keeps every message in its connection's `log`;
-        `message_limit` is in bytes; `options` are more gRPC server options. Raises ListenError."""
+        """Listens on `listen` (`host:port`, port 0 for a free one) once started. Raises ListenError.
+
+        `record` keeps every message in its connection's `log`; `message_limit` is in bytes; `options` are more gRPC
+        server options.
+        """
         self._host, self._port = split_address(listen)
         self._tls = tls
         self._record = record
@@ -117,6 +106,7 @@ class MockOrchestrator:
         self.required_token = required_token
         self.on_connect = on_connect
         self.on_message = on_message
+        self.on_end = on_end
         self.send_headers = send_headers
         self.model_config = model_config
 
@@ -128,10 +118,20 @@ class MockOrchestrator:
         self.stray_results: deque[RunResult] = deque(maxlen=_KEPT_STRAYS)
         self.spawn_requests: deque[pb.SpawnTasksRequest] = deque(maxlen=_KEPT_STRAYS)
 
+        self._model_commands = ModelCommands()
+        self._takers: dict[str, Callable[[WorkerConnection, pb.WorkerSchedulerMessage], None]] = {
+            "worker_registration": self._take_registration,
+            "worker_event": self._take_event,
+            "run_result": self._take_result,
+            "load_model_result": self._model_commands.take_load,
+            "unload_model_result": self._model_commands.take_unload,
+            "realtime_frame": self._take_frame,
+            "realtime_close_cmd": self._take_close,
+            "spawn_tasks": self._take_spawn,
+        }
         self._server: grpc.aio.Server | None = None
-        self._waiters: list[_Waiter[Any]] = []
+        self._waiters = Waiters()
         self._sessions: dict[str, RealtimeSession] = {}
-        self._model_results: defaultdict[tuple[str, str, str], deque[asyncio.Future[Any]]] = defaultdict(deque)
         self._outstanding: defaultdict[str, int] = defaultdict(int)
         self._configuring: set[asyncio.Task[None]] = set()
 
@@ -169,6 +169,8 @@ class MockOrchestrator:
         server, self._server = self._server, None
         if server is None:
             return
+        for connection in self.connections:
+            connection.expect_cut("the server stopped")
         await server.stop(grace or None)
         for connection in tuple(self.connections):
             await connection.wait_ended()
@@ -184,36 +186,26 @@ class MockOrchestrator:
 
     # -- waiting ------------------------------------------------------------------------------------
 
-    async def wait_until[T](self, check: Callable[[], T | None], timeout: float = 10.0, *, what: str = "") -> T:
+    async def wait_until(self, check: Callable[[], T | None], timeout: float = 10.0, *, what: str = "") -> T:
         """Wait until `check()` gives something true, and return that.
 
         It is looked at now and whenever a message arrived or a stream began or ended. Raises WaitTimeoutError, which
         names `what`, after `timeout` seconds.
         """
-        waiter = _Waiter(check)
-        waiter.look()
-        self._waiters.append(waiter)
-        try:
-            async with asyncio.timeout(timeout):
-                return await waiter.future
-        except TimeoutError:
-            raise WaitTimeoutError(f"{what or 'what was waited for'} did not come within {timeout} s") from None
-        finally:
-            self._waiters.remove(waiter)
+        return await self._waiters.wait(check, timeout, what or "what was waited for")
 
     async def wait_for_worker(self, worker_id: str | None = None, timeout: float = 30.0) -> WorkerConnection:
         """A live worker that has registered. Raises NoWorkerError after `timeout` seconds."""
 
         def check() -> WorkerConnection | None:
-            if worker_id is not None:
-                return self.workers.get(worker_id)
-            return next(iter(self.workers.values()), None)
+            here = [connection for connection in self.workers.values() if connection.live]
+            return next((connection for connection in here if worker_id in (None, connection.worker_id)), None)
 
         try:
             return await self.wait_until(check, timeout)
         except WaitTimeoutError:
             name = f"worker {worker_id!r}" if worker_id is not None else "worker"
-            raise NoWorkerError(f"no {name} registered within {timeout} s; {self._who_is_here()}") from None
+            raise NoWorkerError(f"no {name} registered within {round(timeout, 2):g} s; {self._who_is_here()}") from None
 
     async def wait_for_registration(
         self, predicate: Callable[[Registration], bool], timeout: float = 30.0, *, since: float = 0.0
@@ -235,7 +227,7 @@ class MockOrchestrator:
 
     # -- work ---------------------------------------------------------------------------------------
 
-    async def run(
+    async def run(  # noqa: PLR0913  (the fields of the message, by name)
         self,
         function_name: str,
         payload: object = None,
@@ -276,7 +268,11 @@ class MockOrchestrator:
             )
             self.runs[handle.run_id] = handle
             self._outstanding[handle.worker_id] += 1
-        await connection.send(pb.WorkerSchedulerMessage(run_request=request))
+        try:
+            await connection.send(pb.WorkerSchedulerMessage(run_request=request))
+        except StreamEndedError:
+            self.forget(handle)
+            raise
         return handle
 
     def forget(self, handle: RunHandle) -> None:
@@ -286,17 +282,13 @@ class MockOrchestrator:
 
     async def load_model(self, model_id: str, timeout: float = 60.0, *, worker: Target = None) -> pb.LoadModelResult:
         """Have a worker load a model; its answer, success or not. Raises WaitTimeoutError after `timeout` seconds."""
-        command = pb.WorkerSchedulerMessage(load_model_cmd=pb.LoadModelCommand(model_id=model_id))
-        result = await self._model_command("load", model_id, command, timeout, worker)
-        return result.load_model_result
+        return await self._model_commands.load(self.find(worker), model_id, timeout)
 
     async def unload_model(
         self, model_id: str, timeout: float = 60.0, *, worker: Target = None
     ) -> pb.UnloadModelResult:
         """Have a worker unload a model; its answer, success or not. Raises WaitTimeoutError after `timeout` seconds."""
-        command = pb.WorkerSchedulerMessage(unload_model_cmd=pb.UnloadModelCommand(model_id=model_id))
-        result = await self._model_command("unload", model_id, command, timeout, worker)
-        return result.unload_model_result
+        return await self._model_commands.unload(self.find(worker), model_id, timeout)
 
     async def configure_models(
         self,
@@ -311,7 +303,7 @@ class MockOrchestrator:
         )
         await self.send(worker, pb.WorkerSchedulerMessage(deployment_model_config=config))
 
-    async def open_realtime(
+    async def open_realtime(  # noqa: PLR0913  (the fields of the message, by name)
         self,
         function_name: str,
         *,
@@ -395,45 +387,28 @@ class MockOrchestrator:
             await connection.send_headers()
 
     def changed(self) -> None:
-        """A stream began or ended, or something arrived (called by connections)."""
-        for connection in [connection for connection in self.connections if connection.ended is not None]:
-            self.connections.discard(connection)
-            if self.workers.get(connection.worker_id) is connection:
-                del self.workers[connection.worker_id]
-        self._look()
+        """Something happened that someone may wait for (called by connections)."""
+        self._waiters.look()
+
+    def ended(self, connection: WorkerConnection) -> None:
+        """A stream is over (called by connections)."""
+        self.connections.discard(connection)
+        for worker_id in [name for name, current in self.workers.items() if current is connection]:
+            del self.workers[worker_id]
+        if self.on_end is not None:
+            self.on_end(connection)
+        self.changed()
 
     def received(self, connection: WorkerConnection, kind: str, message: pb.WorkerSchedulerMessage) -> None:
         """A message arrived (called by connections)."""
         if self.on_message is not None:
             self.on_message(connection, kind, message)
-        match kind:
-            case "worker_event":
-                if handle := self.runs.get(message.worker_event.run_id):
-                    handle.take_event(message.worker_event, connection)
-            case "run_result":
-                self._take_result(message.run_result, connection)
-            case "worker_registration":
-                self._take_registration(connection)
-            case "load_model_result":
-                self._take_model_result("load", message.load_model_result.model_id, connection, message)
-            case "unload_model_result":
-                self._take_model_result("unload", message.unload_model_result.model_id, connection, message)
-            case "realtime_frame":
-                if session := self._sessions.get(message.realtime_frame.session_id):
-                    session.take_frame(message.realtime_frame)
-            case "realtime_close_cmd":
-                if session := self._sessions.pop(message.realtime_close_cmd.session_id, None):
-                    session.take_close(message.realtime_close_cmd.reason)
-            case "spawn_tasks":
-                self.spawn_requests.append(message.spawn_tasks)
+        if take := self._takers.get(kind):
+            take(connection, message)
         if self._waiters:
-            self._look()
+            self.changed()
 
-    def _look(self) -> None:
-        for waiter in self._waiters:
-            waiter.look()
-
-    def _take_registration(self, connection: WorkerConnection) -> None:
+    def _take_registration(self, connection: WorkerConnection, _message: pb.WorkerSchedulerMessage) -> None:
         worker_id = connection.worker_id
         if self.workers.get(worker_id) is not connection and connection.live:
             self.workers[worker_id] = connection
@@ -449,7 +424,12 @@ class MockOrchestrator:
         except StreamEndedError as error:
             logger.info("the model config was not sent: %s", error)
 
-    def _take_result(self, result: pb.TaskExecutionResult, connection: WorkerConnection) -> None:
+    def _take_event(self, connection: WorkerConnection, message: pb.WorkerSchedulerMessage) -> None:
+        if handle := self.runs.get(message.worker_event.run_id):
+            handle.take_event(message.worker_event, connection)
+
+    def _take_result(self, connection: WorkerConnection, message: pb.WorkerSchedulerMessage) -> None:
+        result = message.run_result
         handle = self.runs.get(result.run_id)
         if handle is None:
             self.stray_results.append(RunResult(time.monotonic(), result, connection))
@@ -458,35 +438,16 @@ class MockOrchestrator:
             self._outstanding[handle.worker_id] -= 1
         handle.take_result(result, connection)
 
-    # -- model commands -----------------------------------------------------------------------------
+    def _take_frame(self, _connection: WorkerConnection, message: pb.WorkerSchedulerMessage) -> None:
+        if session := self._sessions.get(message.realtime_frame.session_id):
+            session.take_frame(message.realtime_frame)
 
-    async def _model_command(
-        self, verb: str, model_id: str, command: pb.WorkerSchedulerMessage, timeout: float, worker: Target
-    ) -> pb.WorkerSchedulerMessage:
-        connection = self.find(worker)
-        future: asyncio.Future[pb.WorkerSchedulerMessage] = asyncio.get_running_loop().create_future()
-        waiting = self._model_results[verb, connection.worker_id, model_id]
-        waiting.append(future)
-        try:
-            async with asyncio.timeout(timeout):
-                await connection.send(command)
-                return await future
-        except TimeoutError:
-            raise WaitTimeoutError(f"{connection!r}: no answer to {verb} {model_id} within {timeout} s") from None
-        finally:
-            if future in waiting:
-                waiting.remove(future)
+    def _take_close(self, _connection: WorkerConnection, message: pb.WorkerSchedulerMessage) -> None:
+        if session := self._sessions.pop(message.realtime_close_cmd.session_id, None):
+            session.take_close(message.realtime_close_cmd.reason)
 
-    def _take_model_result(
-        self, verb: str, model_id: str, connection: WorkerConnection, message: pb.WorkerSchedulerMessage
-    ) -> None:
-        waiting = self._model_results[verb, connection.worker_id, model_id]
-        if waiting:
-            future = waiting.popleft()
-            if not future.done():
-                future.set_result(message)
-        else:
-            logger.info("%r answered to %s %s, which nobody waits for", connection, verb, model_id)
+    def _take_spawn(self, _connection: WorkerConnection, message: pb.WorkerSchedulerMessage) -> None:
+        self.spawn_requests.append(message.spawn_tasks)
 
     def _who_is_here(self) -> str:
         if not self.workers:

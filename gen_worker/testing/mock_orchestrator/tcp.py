@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from pathlib import Path
 from urllib.parse import unquote
 
 from .errors import ListenError
@@ -55,12 +56,12 @@ def cut_connection(peer: str, local_port: int) -> bool:
         host, port = split_address(unquote(peer.partition(":")[2]))
     except ListenError:
         return False
-    for name in os.listdir("/proc/self/fd"):
+    for entry in Path("/proc/self/fd").iterdir():
         # The descriptor may be gone by the time it is looked at, or be no connected TCP socket.
         with contextlib.suppress(OSError):
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+            if not str(entry.readlink()).startswith("socket:"):
                 continue
-            with socket.socket(fileno=os.dup(int(name))) as candidate:
+            with socket.socket(fileno=os.dup(int(entry.name))) as candidate:
                 if candidate.family not in (socket.AF_INET, socket.AF_INET6):
                     continue
                 remote = candidate.getpeername()

@@ -1,0 +1,20 @@
+"""The functions of the floor, as a tenant writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from floor import Count, Delta, Echo
+
+from gen_worker import ActionContext, worker_function
+
+
+@worker_function()
+def echo(ctx: ActionContext, payload: Echo) -> Echo:  # noqa: ARG001
+    return payload
+
+
+@worker_function()
+def count(ctx: ActionContext, payload: Count) -> Iterator[Delta]:  # noqa: ARG001
+    for index in range(payload.count):
+        yield Delta(index, "x" * payload.size)

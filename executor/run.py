@@ -1,0 +1,151 @@
+"""One run inside of an executor, from its message to its one Result.
+
+Owns: the run's cancel, its events, and that it is answered once.
+
+    QUEUED --claim--> STARTED --succeed | fail--> answered
+       `---claim, by a cancel---------------------^
+
+Who claims a run answers it: the thread (or coroutine) that starts it, or the cancel that was faster. A cancel that
+finds it started sets the flag, ends its waits and leaves the answer to whoever runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from gen_worker.context import ActionContext
+from gen_worker.errors import RunCanceled, WorkerError
+from gen_worker.failures import failure_of
+from gen_worker.pipe.messages import CancelCause, Failure, Payload, Result, Run, Upward
+from gen_worker.signature import FunctionSpec
+from gen_worker.types import Asset
+
+from executor.events import LOOP_WINDOWS, EventStream
+from executor.gate import Gate
+
+
+class ActiveRun:
+    """See the module. It is the RunHost of its ActionContext."""
+
+    __slots__ = (
+        "_claimed", "_forget", "_loop_thread", "_send", "cause", "context", "events", "gate", "message", "spec", "task",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        message: Run,
+        spec: FunctionSpec,
+        *,
+        send: Callable[[Upward], None],
+        forget: Callable[[int, None], object],
+        loop_thread: int,
+    ) -> None:
+        """`forget(key, None)` is called when the run is answered; `loop_thread` is the event loop's thread."""
+        self.message = message
+        self.spec = spec
+        self.cause: CancelCause | None = None
+        self.context: ActionContext | None = None
+        self.events = EventStream(message.key, message.window, send)
+        self.gate = Gate()
+        self.task: asyncio.Task[None] | None = None
+        """Of an async function, once the event loop has it."""
+        self._send = send
+        self._forget = forget
+        self._loop_thread = loop_thread
+        self._claimed = threading.Lock()
+
+    # -- its life -----------------------------------------------------------------------------
+
+    def claim(self) -> bool:
+        """True for the first who asks: that one answers the run."""
+        return self._claimed.acquire(blocking=False)
+
+    def attach(self, context: ActionContext) -> None:
+        """The context that the function gets; a cancel that came before is passed on to it."""
+        self.context = context
+        if self.cause is not None:
+            context.cancel(self.cause)
+
+    def cancel(self, cause: CancelCause) -> None:
+        """Set the flag and end the run's waits. The first cause stays."""
+        if self.cause is None:
+            self.cause = cause
+        # `attach` stores the context and then looks at the cause, this the other way round: one of them sees both.
+        if self.context is not None:
+            self.context.cancel(self.cause)
+        self.events.cancel()
+
+    @property
+    def is_canceled(self) -> bool:
+        """By the scheduler, the deadline or the function itself."""
+        return self.cause is not None or (self.context is not None and self.context.is_canceled())
+
+    def succeed(self, output: Payload) -> None:
+        """Answer with the output; an incremental run's is empty, after `output.completed`."""
+        if self.spec.incremental:
+            self.events.close(("output.completed", b"{}"))
+        else:
+            self.events.close()
+        self._answer(Result(self.message.key, output))
+
+    def fail(self, error: BaseException) -> Failure:
+        """Answer with what went wrong, and say so in the stream of an incremental run that had begun."""
+        failure = self._failure_of(error)
+        _drop_frames(error)
+        if self.spec.incremental and self.context is not None:
+            said = {"error_type": failure.error_type, "message": failure.safe_message}
+            self.events.close(("output.error", msgspec.json.encode(said)))
+        else:
+            self.events.close()
+        self._answer(Result(self.message.key, b"", failure))
+        return failure
+
+    def _failure_of(self, error: BaseException) -> Failure:
+        cause = self.cause or (self.context.cancel_cause if self.context is not None else None)
+        failure = failure_of(error, cancel_cause=cause)
+        if cause is None or failure.error_type == cause:
+            return failure
+        # Whatever a function raises because it was stopped, that it was stopped is the answer.
+        stopped = failure_of(RunCanceled(), cancel_cause=cause)
+        return msgspec.structs.replace(stopped, detail=failure.detail)
+
+    def _answer(self, result: Result) -> None:
+        self._forget(self.message.key, None)
+        self._send(result)
+
+    # -- RunHost ------------------------------------------------------------------------------
+
+    def emit(self, event_type: str, payload_json: bytes) -> None:
+        thread = threading.get_ident()
+        if self.gate.is_inside(thread):
+            with self.gate.shielded():
+                self.events.put(event_type, payload_json)
+        elif thread == self._loop_thread:
+            self.events.put(event_type, payload_json, windows=LOOP_WINDOWS)
+        else:
+            self.events.put(event_type, payload_json)
+
+    def store(self, ref: str, source: bytes | Path, *, create: bool) -> Asset:  # noqa: ARG002  # the protocol's
+        raise WorkerError(f"{ref!r} can't be stored: this worker has no file store")
+
+
+def _drop_frames(error: BaseException) -> None:
+    """Let go of what the frames of a failed run hold: tensors on the device would else wait for a garbage collection."""
+    seen: set[int] = set()
+    links = [error]
+    while links:
+        link = links.pop()
+        if id(link) in seen:
+            continue
+        seen.add(id(link))
+        traceback.clear_frames(link.__traceback__)
+        link.__traceback__ = None
+        links += [other for other in (link.__cause__, link.__context__) if other is not None]
+        if isinstance(link, BaseExceptionGroup):
+            links += link.exceptions

@@ -1,0 +1,198 @@
+"""Calls tenant functions: from a Run message to the values and errors that ActiveRun answers with.
+
+1. claim the run, decode its payload, look up its models, make its context;
+2. call the function, in a pool thread inside of the run's gate, or on the event loop;
+3. check and encode what it returned, or send each delta as it comes;
+4. answer; then act on an error that concerns the whole process: a SystemExit, a poisoned CUDA context.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gen_worker.context import ActionContext
+from gen_worker.errors import FatalError, RunCanceled, ValidationError, WorkerError
+from gen_worker.payloads import decode_payload, encode_delta, encode_output
+from gen_worker.pipe.messages import Failure
+
+from executor.blobs import Blobs
+from executor.cuda_faults import is_poisoned
+from executor.run import ActiveRun
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of Init; 0: no limit."""
+
+    output_bytes: int
+    delta_bytes: int
+    delta_events: int
+
+
+class Models(Protocol):
+    """What the runner asks of the loaded models."""
+
+    def inject(self, model_id: str, type_name: str) -> object:
+        """The object for one call. Raises KeyError when it is not loaded."""
+
+
+class ProcessEnd(Protocol):
+    """How a run ends the process. Neither returns."""
+
+    def exit_by_tenant(self, function: str, request: SystemExit) -> None: ...
+    def poisoned(self, function: str, failure: Failure) -> None: ...
+
+
+class PoisonedError(WorkerError):
+    """Stands for the error that cost the CUDA context: another executor may well serve the same request."""
+
+    error_type = "retryable"
+    retryable = True
+
+
+class Runner:
+    """See the module."""
+
+    def __init__(self, blobs: Blobs, models: Models, limits: Limits, device: str, end: ProcessEnd) -> None:
+        self._blobs = blobs
+        self._models = models
+        self._limits = limits
+        self._device = device
+        self._end = end
+
+    # -- sync functions and generators, in a pool thread --------------------------------------
+
+    def run_in_thread(self, run: ActiveRun) -> None:
+        """Run and answer; raises nothing."""
+        if not run.claim():
+            return
+        try:
+            context, arguments = self._prepare(run)
+        except Exception as error:  # noqa: BLE001  # every error of a run is its answer
+            self._failed(run, error)
+            return
+        call: Callable[..., Any] = run.spec.func
+        if run.spec.incremental:
+            call = functools.partial(self._stream, run)
+        value, error = run.gate.call(call, context, **arguments)
+        arguments.clear()
+        if error is not None:
+            self._failed(run, error)
+        else:
+            self._returned(run, value)
+
+    def _stream(self, run: ActiveRun, context: ActionContext, **arguments: Any) -> None:
+        deltas = run.spec.func(context, **arguments)
+        try:
+            for count, delta in enumerate(deltas, 1):
+                run.emit("output.delta", self._encode_delta(run, delta, count))
+                if context.is_canceled():
+                    raise RunCanceled
+        finally:
+            if inspect.isgenerator(deltas):
+                deltas.close()
+
+    # -- async functions and generators, on the event loop ------------------------------------
+
+    async def run_on_loop(self, run: ActiveRun) -> None:
+        """Run and answer; raises nothing."""
+        if not run.claim():
+            return
+        value = None
+        try:
+            context, arguments = self._prepare(run)
+            if run.spec.incremental:
+                await self._stream_async(run, context, arguments)
+            else:
+                value = await run.spec.func(context, **arguments)
+        except BaseException as error:  # noqa: BLE001  # as above; SystemExit is told apart there
+            self._failed(run, error)
+        else:
+            self._returned(run, value)
+
+    async def _stream_async(self, run: ActiveRun, context: ActionContext, arguments: dict[str, Any]) -> None:
+        deltas = run.spec.func(context, **arguments)
+        count = 0
+        try:
+            async for delta in deltas:
+                count += 1
+                await run.events.put_async("output.delta", self._encode_delta(run, delta, count))
+                if context.is_canceled():
+                    raise RunCanceled
+        finally:
+            if inspect.isasyncgen(deltas):
+                await deltas.aclose()
+
+    # -- around both --------------------------------------------------------------------------
+
+    def _prepare(self, run: ActiveRun) -> tuple[ActionContext, dict[str, Any]]:
+        message, spec = run.message, run.spec
+        if spec.mode == "websocket":
+            self._blobs.discard(message.payload)
+            raise FatalError(f"{spec.name} is a websocket handler: it is opened as a session, not run as a task")
+        payload = self._blobs.decode(message.payload, functools.partial(decode_payload, spec))
+        arguments: dict[str, Any] = {spec.payload_param: payload}
+        for injection in spec.injections:
+            arguments[injection.param] = self._inject(run, injection.param, injection.type_name)
+        context = ActionContext(
+            run_id=message.run_id,
+            host=run,
+            tenant_id=message.tenant_id,
+            user_id=message.user_id,
+            timeout_ms=message.timeout_ms,
+            deadline=message.deadline,
+            device=self._device,
+        )
+        run.attach(context)
+        return context, arguments
+
+    def _inject(self, run: ActiveRun, param: str, type_name: str) -> object:
+        model_id = run.message.models.get(param)
+        if model_id is None:
+            raise RuntimeError(f"run {run.message.run_id} names no model for parameter {param!r} of {run.spec.name}")
+        try:
+            return self._models.inject(model_id, type_name)
+        except KeyError:
+            raise RuntimeError(
+                f"model {model_id!r} for parameter {param!r} of {run.spec.name} is not loaded as {type_name}"
+            ) from None
+
+    def _encode_delta(self, run: ActiveRun, delta: object, count: int) -> bytes:
+        limit = self._limits.delta_events
+        if limit and count > limit:
+            raise ValidationError(f"more than {limit} deltas: over the limit WORKER_MAX_OUTPUT_DELTA_EVENTS={limit}")
+        encoded = encode_delta(run.spec, delta)
+        limit = self._limits.delta_bytes
+        if limit and len(encoded) > limit:
+            raise ValidationError(f"a delta of {len(encoded)} bytes is over WORKER_MAX_OUTPUT_DELTA_BYTES={limit}")
+        return encoded
+
+    def _returned(self, run: ActiveRun, value: object) -> None:
+        try:
+            if run.is_canceled:
+                raise RunCanceled("the function ended after the cancel")
+            output = b"" if run.spec.incremental else encode_output(run.spec, value)
+            limit = self._limits.output_bytes
+            if limit and len(output) > limit:
+                raise ValidationError(f"output of {len(output)} bytes is over WORKER_MAX_OUTPUT_BYTES={limit}")
+            stored = self._blobs.store(output)
+        except OSError as error:
+            self._failed(run, MemoryError(f"no shared memory for an output: {error}"))
+        except (Exception, RunCanceled) as error:  # noqa: BLE001  # as above
+            self._failed(run, error)
+        else:
+            run.succeed(stored)
+
+    def _failed(self, run: ActiveRun, error: BaseException) -> None:
+        if isinstance(error, SystemExit):
+            self._end.exit_by_tenant(run.spec.qualified_name, error)
+        elif is_poisoned(error):
+            poisoned = PoisonedError("the device failed")
+            poisoned.__cause__ = error
+            self._end.poisoned(run.spec.qualified_name, run.fail(poisoned))
+        else:
+            run.fail(error)

@@ -1,0 +1,149 @@
+"""Serves the pipe: every message of the supervisor goes to what it concerns.
+
+Owns: the runs that the executor has, and the reader. The reader thread takes all frames that are there, hands sync
+functions to the pool and async ones to the event loop in one go each, and acts on the rest itself; it never runs
+tenant code and never waits for anything but the pipe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+import msgspec
+
+from gen_worker.errors import FatalError, RunCanceled
+from gen_worker.failures import failure_of
+from gen_worker.pipe.messages import (
+    Cancel,
+    Credit,
+    Downward,
+    Free,
+    LoadModel,
+    Result,
+    Run,
+    Shutdown,
+    UnloadModel,
+    Upward,
+    decode_downward,
+)
+from gen_worker.signature import FunctionSpec
+
+from executor.blobs import Blobs
+from executor.models import ModelStore
+from executor.pool import ThreadPool
+from executor.run import ActiveRun
+from executor.runner import Runner
+from executor.striker import Striker
+
+STRIKE_AFTER: Final = 0.5
+"""Of the cancel's grace period: the first half is the function's to end by itself."""
+
+
+class Service:
+    """See the module. Made by the event loop's thread, then fed by the reader."""
+
+    def __init__(  # noqa: PLR0913  # keyword-only, the parts that it connects
+        self,
+        specs: Mapping[str, FunctionSpec],
+        *,
+        send: Callable[[Upward], None],
+        blobs: Blobs,
+        models: ModelStore,
+        runner: Runner,
+        threads: int,
+        cancel_grace_s: float,
+        loop: asyncio.AbstractEventLoop,
+        loop_thread: int,
+        on_shutdown: Callable[[], None],
+    ) -> None:
+        self._specs = specs
+        self._send = send
+        self._blobs = blobs
+        self._models = models
+        self._runner = runner
+        self._pool = ThreadPool(threads, runner.run_in_thread)
+        self._loop = loop
+        self._loop_thread = loop_thread
+        self._strike_after_s = cancel_grace_s * STRIKE_AFTER
+        self._striker = Striker()
+        self._runs: dict[int, ActiveRun] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._for_threads: list[ActiveRun] = []
+        self._for_loop: list[ActiveRun] = []
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            Run: self._run,
+            Cancel: self._cancel,
+            Credit: self._credit,
+            LoadModel: models.load,
+            UnloadModel: models.unload,
+            Free: lambda message: blobs.freed(message.offset),
+            Shutdown: lambda _: on_shutdown(),
+        }
+
+    def handle(self, frames: Sequence[bytes]) -> None:
+        """Act on frames that arrived together. Raises msgspec.DecodeError and ArenaError when the other end is broken."""
+        for body in frames:
+            message: Downward = decode_downward(body)
+            handler = self._handlers.get(type(message))
+            if handler is None:
+                raise msgspec.DecodeError(f"{type(message).__name__} is not expected now")
+            handler(message)
+        if self._for_threads:
+            self._pool.submit(self._for_threads)
+            self._for_threads = []
+        if self._for_loop:
+            self._loop.call_soon_threadsafe(self._start_tasks, self._for_loop)
+            self._for_loop = []
+
+    # -- runs ---------------------------------------------------------------------------------
+
+    def _run(self, message: Run) -> None:
+        spec = self._specs.get(message.function)
+        if spec is None:
+            self._blobs.discard(message.payload)
+            error = FatalError(f"this executor has no function {message.function!r}")
+            self._send(Result(message.key, b"", failure_of(error)))
+            return
+        run = ActiveRun(message, spec, send=self._send, forget=self._runs.pop, loop_thread=self._loop_thread)
+        self._runs[message.key] = run
+        (self._for_loop if spec.mode.startswith("async") else self._for_threads).append(run)
+
+    def _start_tasks(self, runs: Sequence[ActiveRun]) -> None:
+        for run in runs:
+            run.task = task = self._loop.create_task(self._runner.run_on_loop(run))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _cancel(self, message: Cancel) -> None:
+        run = self._runs.get(message.key)
+        if run is None:
+            return
+        run.cancel(message.cause)
+        if run.claim():
+            self._blobs.discard(run.message.payload)
+            run.fail(RunCanceled("it had not started"))
+        elif run.spec.mode.startswith("async"):
+            self._cancel_task(run)
+            self._striker.watch(partial(self._cancel_task, run), self._strike_after_s)
+        else:
+            self._striker.watch(run.gate.strike, self._strike_after_s)
+
+    def _cancel_task(self, run: ActiveRun) -> bool:
+        """Cancel a task from another thread; False when the run has ended."""
+        if run.message.key not in self._runs:
+            return False
+        self._loop.call_soon_threadsafe(_cancel_if_there, run)
+        return True
+
+    def _credit(self, message: Credit) -> None:
+        run = self._runs.get(message.key)
+        if run is not None:
+            run.events.credit(message.size)
+
+
+def _cancel_if_there(run: ActiveRun) -> None:
+    if run.task is not None:
+        run.task.cancel()

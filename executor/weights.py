@@ -1,0 +1,84 @@
+"""What the weight files of a model directory say about how to load it.
+
+Owns: reading safetensors headers (8 bytes of length, then JSON; https://github.com/huggingface/safetensors#format) and
+the file names of diffusers' variants. Nothing is loaded here and torch is not needed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+HEADER_CAP_BYTES: Final = 100 * 1024 * 1024
+"""The safetensors library's own limit."""
+
+_FLOAT_DTYPES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""safetensors' names -> torch's. What is quantized (F8 and integers) is left to the loading library."""
+_VARIANT: Final = re.compile(r"[^.]+\.(?P<variant>[A-Za-z0-9_]+)(?:-\d{5}-of-\d{5})?\.safetensors")
+"""`diffusion_pytorch_model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`."""
+
+
+class WeightsError(ValueError):
+    """A weights file that is not what its name says."""
+
+
+class _Tensor(msgspec.Struct):
+    dtype: str
+    data_offsets: tuple[int, int]
+
+
+_HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_TENSOR = msgspec.json.Decoder(_Tensor)
+
+
+def variant_of(root: Path) -> str | None:
+    """The diffusers variant to ask for: one that a folder holds which holds no plain weights; else None."""
+    variants: Counter[str] = Counter()
+    for files in _by_folder(root).values():
+        found = [_VARIANT.fullmatch(path.name) for path in files]
+        if all(found):
+            variants.update({match["variant"] for match in found if match})
+    return variants.most_common(1)[0][0] if variants else None
+
+
+def dtype_of(root: Path, variant: str | None = None) -> str | None:
+    """torch's name of the float type that most bytes of the weights have; None when there are no such weights.
+
+    Of a folder with weights of the variant only those count. Raises WeightsError for a file with a broken header.
+    """
+    sizes: Counter[str] = Counter()
+    for files in _by_folder(root).values():
+        chosen = [path for path in files if variant and f".{variant}" in path.name] or files
+        for path in chosen:
+            sizes.update(_bytes_by_dtype(path))
+    if not sizes:
+        return None
+    return _FLOAT_DTYPES.get(sizes.most_common(1)[0][0])
+
+
+def _by_folder(root: Path) -> dict[Path, list[Path]]:
+    folders: dict[Path, list[Path]] = defaultdict(list)
+    for path in sorted(root.rglob("*.safetensors")):
+        folders[path.parent].append(path)
+    return folders
+
+
+def _bytes_by_dtype(path: Path) -> Counter[str]:
+    sizes: Counter[str] = Counter()
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > HEADER_CAP_BYTES:
+                raise WeightsError(f"{path} is not a safetensors file: its header says it has {length} bytes")
+            header = _HEADER.decode(file.read(length))
+        for name, raw in header.items():
+            if name != "__metadata__":
+                tensor = _TENSOR.decode(raw)
+                sizes[tensor.dtype] += tensor.data_offsets[1] - tensor.data_offsets[0]
+    except msgspec.DecodeError as error:
+        raise WeightsError(f"{path} is not a safetensors file: {error}") from error
+    return sizes

@@ -1,0 +1,177 @@
+"""Verifying a token against a JWKS, the issuer's published keys.
+
+Owns: the key cache. Imports PyJWT and cryptography, so import this module only when a JWKS URL is set. All of it
+blocks: call it from a thread.
+
+1. Keys are cached for their TTL. A token whose `kid` is not among them has them fetched again at once.
+2. When they can't be fetched, older ones that have the token's `kid` serve on: the issuer may be down together with the scheduler.
+3. Only asymmetric algorithms are taken: with HS256 anyone who has the published key could sign, and `none` is no signature.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import jwt
+from jwt.exceptions import PyJWKClientError
+
+log = logging.getLogger(__name__)
+
+ALGORITHMS: Final = frozenset(
+    {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"}
+)
+LEEWAY_S: Final = 30.0
+"""How far the clocks of issuer and worker may be apart."""
+FETCH_TIMEOUT_S: Final = 5.0
+
+_KEY_TYPES: Final = {"RS": "RSA", "PS": "RSA", "ES": "EC", "Ed": "OKP"}
+"""The `kty` (RFC 7518, 6.1) that goes with an algorithm's first two letters."""
+
+_REASONS: Final[tuple[tuple[type[jwt.PyJWTError], str], ...]] = (
+    (jwt.ExpiredSignatureError, "it has expired"),
+    (jwt.ImmatureSignatureError, "it is not valid yet; check this host's clock"),
+    (jwt.InvalidIssuerError, "its issuer is not SCHEDULER_JWT_ISSUER"),
+    (jwt.InvalidAudienceError, "its audience is not SCHEDULER_JWT_AUDIENCE"),
+    (jwt.InvalidSignatureError, "its signature is wrong"),
+)
+
+
+class BadToken(Exception):
+    """The token does not hold; the message completes `the token can't be used: `."""
+
+
+class KeysUnavailable(Exception):
+    """The JWKS can't be fetched."""
+
+
+class TokenVerifier:
+    """See the module. One call at a time."""
+
+    def __init__(self, url: str, ttl_s: float, issuer: str | None, audience: str | None) -> None:
+        # The cache is this object's own: PyJWT's keeps no keys past their time, nor fetches at once for a new `kid`.
+        self._client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=FETCH_TIMEOUT_S)
+        self._shown_url = _without_secrets(url)
+        self._ttl_s = ttl_s
+        self._issuer = issuer
+        self._audience = audience
+        self._entries: list[dict[str, Any]] = []
+        self._fetched_at = -float("inf")
+
+    def verify(self, token: str, now: float) -> Mapping[str, object]:
+        """The claims of `token`, which is good at the epoch second `now`. Raises BadToken, KeysUnavailable."""
+        try:
+            header = jwt.get_unverified_header(token)
+        except jwt.PyJWTError:
+            raise BadToken("it is not a JWT, which SCHEDULER_JWKS_URL asks for") from None
+        algorithm = header.get("alg")
+        if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+            named = ascii(algorithm)[:40]
+            raise BadToken(f"its algorithm {named} is not one of {', '.join(sorted(ALGORITHMS))}")
+        keys = self._keys_for(header.get("kid"), algorithm)
+        if not keys:
+            raise BadToken(f"none of the keys at {self._shown_url} has its kid and fits {algorithm}")
+        failure = BadToken("its signature is wrong")
+        for key in keys:
+            try:
+                return self._claims(token, algorithm, key, now)
+            except jwt.InvalidSignatureError:
+                continue  # without a kid, another key may be the one
+            except jwt.PyJWTError as error:
+                failure = BadToken(_reason(error))
+                break
+        raise failure
+
+    def _claims(self, token: str, algorithm: str, key: jwt.PyJWK, now: float) -> Mapping[str, object]:
+        claims: dict[str, Any] = jwt.decode(
+            token,
+            key,
+            algorithms=[algorithm],
+            issuer=self._issuer,
+            audience=self._audience,
+            options={
+                "verify_aud": self._audience is not None,
+                # Times are compared below, with the clock that was handed in.
+                "verify_exp": False,
+                "verify_nbf": False,
+                "verify_iat": False,
+            },
+        )
+        _check_times(claims, now)
+        return claims
+
+    def _keys_for(self, kid: object, algorithm: str) -> list[jwt.PyJWK]:
+        """The keys that may have signed. Raises KeysUnavailable when that takes a fetch, and the fetch fails."""
+        matching = self._matching(kid, algorithm)
+        if matching and time.monotonic() - self._fetched_at < self._ttl_s:
+            return matching
+        try:
+            self._entries = self._fetch()
+        except KeysUnavailable as error:
+            if not matching:
+                raise
+            age = time.monotonic() - self._fetched_at
+            log.warning("%s; the keys fetched %.0f s ago serve on", error, age)
+            return matching
+        self._fetched_at = time.monotonic()
+        return self._matching(kid, algorithm)
+
+    def _matching(self, kid: object, algorithm: str) -> list[jwt.PyJWK]:
+        keys: list[jwt.PyJWK] = []
+        for entry in self._entries:
+            if (kid is None or entry.get("kid") == kid) and _fits(entry, algorithm):
+                try:
+                    keys.append(jwt.PyJWK(entry, algorithm))
+                except (jwt.PyJWTError, ValueError, TypeError) as error:
+                    log.warning("a key at %s is unusable: %s", self._shown_url, type(error).__name__)
+        return keys
+
+    def _fetch(self) -> list[dict[str, Any]]:
+        try:
+            key_set = self._client.fetch_data()
+        except (PyJWKClientError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            raise KeysUnavailable(f"no keys at {self._shown_url}: {_one_line(error)}") from None
+        entries = key_set.get("keys") if isinstance(key_set, dict) else None
+        if not isinstance(entries, list):
+            raise KeysUnavailable(f"no keys at {self._shown_url}: it is not a JWKS, which is an object with a list `keys`")
+        return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def _fits(entry: Mapping[str, Any], algorithm: str) -> bool:
+    return (
+        entry.get("use") in (None, "sig")
+        and entry.get("kty") == _KEY_TYPES[algorithm[:2]]
+        and entry.get("alg") in (None, algorithm)
+    )
+
+
+def _check_times(claims: Mapping[str, Any], now: float) -> None:
+    """Raises jwt.PyJWTError."""
+    for name in ("exp", "nbf", "iat"):
+        value = claims.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise jwt.DecodeError(f"{name} is not a number")
+    if claims.get("exp", now) + LEEWAY_S < now:
+        raise jwt.ExpiredSignatureError
+    if max(claims.get("nbf", now), claims.get("iat", now)) - LEEWAY_S > now:
+        raise jwt.ImmatureSignatureError
+
+
+def _reason(error: jwt.PyJWTError) -> str:
+    if isinstance(error, jwt.MissingRequiredClaimError):
+        return f"it has no {error.claim} claim"
+    return next((text for kind, text in _REASONS if isinstance(error, kind)), "it is malformed")
+
+
+def _without_secrets(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

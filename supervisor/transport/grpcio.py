@@ -1,0 +1,229 @@
+"""The stream over grpcio's asyncio API.
+
+Owns: one channel and one call per stream, and the task that reads from it. Messages pass as bytes: grpc neither encodes nor decodes them.
+
+1. `open` makes a channel and a call. The call's metadata goes out once HTTP/2 is spoken (the peer sent its
+   SETTINGS), so waiting for that finds refused connections, wrong names, TLS trouble, and peers that accept and say nothing.
+2. A reader task moves messages into an inbox that is bounded in bytes and number. While the inbox is full nothing is read, so
+   HTTP/2's flow control makes the scheduler wait.
+3. `receive` empties the inbox: one wake-up of the session for all that came meanwhile.
+4. `send` writes one message after the other: each write returns when HTTP/2 took the message, which tells how many were accepted.
+
+The read()/write() API and request/response iterators cost the same (some 50 us of CPU a message, most of it in
+grpc's hand-over between threads; benchmarks/ has the figures); only the former tells what was accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import grpc
+from grpc import aio
+
+from gen_worker.wire import METHOD, TRANSPORT_LIMIT_BYTES
+from supervisor.transport import StatusCode, StreamClosed, StreamStatus, TlsFiles
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S: Final = 10.0
+INBOX_BYTES: Final = 4 * 1024 * 1024
+INBOX_MESSAGES: Final = 1024
+"""Reading stops at either bound; the message that reaches it is still taken."""
+
+_MESSAGE_BYTES: Final = TRANSPORT_LIMIT_BYTES + 1024 * 1024
+"""The slack is for what surrounds a payload of the full size."""
+
+_OPTIONS: Final = (
+    ("grpc.max_send_message_length", _MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A shared subchannel would hand its own backoff on to the next stream; the session's is the only one.
+    ("grpc.use_local_subchannel_pool", 1),
+    # A stream that was sent twice behind the session's back would be two workers to the scheduler.
+    ("grpc.enable_retries", 0),
+    ("grpc.service_config_disable_resolution", 1),
+)
+
+
+class GrpcioTransport:
+    """Opens streams through grpcio. `tls` None: plain text."""
+
+    def __init__(self, tls: TlsFiles | None = None, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        self._tls = tls
+        self._connect_timeout_s = connect_timeout_s
+
+    async def open(self, target: str, metadata: Sequence[tuple[str, str]]) -> GrpcioStream:
+        """See Transport.open. Certificates are read anew each time, since they get rotated."""
+        if self._tls is None:
+            channel = aio.insecure_channel(target, options=_OPTIONS)
+        else:
+            credentials = await asyncio.to_thread(_credentials, self._tls)
+            channel = aio.secure_channel(target, credentials, options=_OPTIONS)
+        call = channel.stream_stream(METHOD)(metadata=tuple(metadata))
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                await call.wait_for_connection()
+        except TimeoutError:
+            await _discard(channel, call)
+            reason = f"{target} took the connection but spoke no HTTP/2, or did not answer at all, for "
+            reason += f"{self._connect_timeout_s:g} s"
+            raise StreamClosed(StreamStatus(StatusCode.UNAVAILABLE, reason)) from None
+        except aio.AioRpcError as error:
+            await _discard(channel, call)
+            raise StreamClosed(_status(error.code(), error.details())) from None
+        except BaseException:
+            await _discard(channel, call)
+            raise
+        return GrpcioStream(channel, call)
+
+
+class GrpcioStream:
+    """One call. Made by GrpcioTransport."""
+
+    def __init__(self, channel: aio.Channel, call: aio.StreamStreamCall[bytes, bytes]) -> None:
+        self._channel = channel
+        self._call = call
+        # The public write() turns every failure into INTERNAL and overwrites the status that the scheduler sent with it,
+        # so that a redirect would be lost whenever a message is under way. What lies beneath leaves the status alone.
+        self._write: Callable[[bytes], Awaitable[None]] = call._cython_call.send_serialized_message  # noqa: SLF001
+        self._inbox: deque[bytes] = deque()
+        self._inbox_bytes = 0
+        self._answered = False
+        self._closing = False
+        self._status: StreamStatus | None = None
+        self._filled = asyncio.Event()
+        self._emptied = asyncio.Event()
+        self._reader = asyncio.create_task(self._read(), name="grpcio-reader")
+
+    async def established(self) -> None:
+        headers = asyncio.ensure_future(self._call.initial_metadata())
+        try:
+            await asyncio.wait({headers, self._reader}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            headers.cancel()
+        # A call that ends without headers gives empty ones; then the reader is about to find why.
+        if self._call.done() and not self._answered and self._status is None:
+            await self._filled.wait()
+        if self._status is not None and not self._answered:
+            raise StreamClosed(self._status)
+
+    async def send(self, messages: Sequence[bytes]) -> None:
+        accepted = 0
+        try:
+            for message in messages:
+                if self._call.done():
+                    break
+                await self._write(message)
+                accepted += 1
+        except aio.BaseError:
+            pass  # the status says why
+        except asyncio.CancelledError:
+            if not self._closing:
+                self._call.cancel()  # whether the message at hand is out is not known: nothing may follow it
+            raise
+        if accepted < len(messages):
+            raise StreamClosed(await self._ended(), accepted)
+
+    async def receive(self) -> Sequence[bytes]:
+        while not self._inbox:
+            if self._status is not None:
+                raise StreamClosed(self._status)
+            self._filled.clear()
+            await self._filled.wait()
+        messages = list(self._inbox)
+        self._inbox.clear()
+        self._inbox_bytes = 0
+        self._emptied.set()
+        return messages
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        try:
+            if grace_s > 0 and not self._closing and self._status is None:
+                await self._half_close(grace_s)
+        finally:
+            self._closing = True
+            self._call.cancel()
+            self._emptied.set()
+            await asyncio.wait({self._reader})
+            await _discard(self._channel, self._call)
+
+    async def _half_close(self, grace_s: float) -> None:
+        """Say that nothing follows, and give the scheduler the time to end the stream its way."""
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._call.done_writing()
+                await asyncio.wait({self._reader})
+        except TimeoutError:
+            log.debug("no status from the scheduler within %g s after the half-close", grace_s)
+        except (aio.BaseError, aio.AioRpcError) as error:
+            log.debug("the stream ended before it could be half-closed: %s", error)
+
+    async def _read(self) -> None:
+        """Fill the inbox until the stream ends, and then say so."""
+        try:
+            while (message := await self._call.read()) is not aio.EOF:
+                self._inbox.append(message)
+                self._inbox_bytes += len(message)
+                self._answered = True
+                self._filled.set()
+                while not self._closing and (self._inbox_bytes >= INBOX_BYTES or len(self._inbox) >= INBOX_MESSAGES):
+                    self._emptied.clear()
+                    await self._emptied.wait()
+        except aio.AioRpcError:
+            pass  # the status says why
+        except asyncio.CancelledError:
+            # grpc raises this for a call that `close` canceled; else this task itself is meant.
+            if not self._closing:
+                self._call.cancel()
+                raise
+        finally:
+            self._status = await self._ended()
+            self._filled.set()
+
+    async def _ended(self) -> StreamStatus:
+        """The status of a call that has ended or is about to."""
+        status = _status(await self._call.code(), await self._call.details())
+        if self._closing and status.code is StatusCode.CANCELLED:
+            return StreamStatus(StatusCode.CANCELLED, "closed by this worker")
+        return status
+
+
+def _status(code: grpc.StatusCode, details: str | None) -> StreamStatus:
+    return StreamStatus(StatusCode(code.value[0]), details or "")
+
+
+async def _discard(channel: aio.Channel, call: aio.StreamStreamCall[bytes, bytes]) -> None:
+    """Free what a stream held. Never raises."""
+    call.cancel()
+    try:
+        await channel.close()
+    except Exception:
+        log.exception("a gRPC channel did not close cleanly")
+
+
+def _credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
+    """Raises StreamClosed when a file is missing or not what it should be; grpc itself would only fail to connect."""
+    ca_file = tls.ca_file or ssl.get_default_verify_paths().cafile
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+        if tls.client_cert_file is not None:
+            context.load_cert_chain(tls.client_cert_file, tls.client_key_file)
+    except (OSError, ssl.SSLError) as error:
+        files = ", ".join(name for name in (ca_file, tls.client_cert_file, tls.client_key_file) if name)
+        reason = f"the TLS files can't be used ({files}): {error}"
+        raise StreamClosed(StreamStatus(StatusCode.UNAVAILABLE, reason)) from None
+    return grpc.ssl_channel_credentials(
+        root_certificates=_file(ca_file), private_key=_file(tls.client_key_file), certificate_chain=_file(tls.client_cert_file)
+    )
+
+
+def _file(name: str | None) -> bytes | None:
+    return None if name is None else Path(name).read_bytes()
