@@ -8,10 +8,10 @@ and any further CUDA work will return the same error. To continue using CUDA, th
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from typing import Final
 
+from executor.torch_state import initialized_cuda
 from gen_worker.failures import is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -54,11 +54,11 @@ def _poisons(error: BaseException) -> bool:
 
 def _device_fails() -> bool:
     """Whether the context answers: a sticky error comes back at every call."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    cuda = initialized_cuda()
+    if cuda is None:
         return False
     try:
-        torch.cuda.synchronize()
+        cuda.synchronize()
     except RuntimeError as error:
         log.error("the CUDA context does not answer any more: %s", error)
         return True

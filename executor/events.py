@@ -119,7 +119,8 @@ class EventStream:
 
 def _weigh(event_type: str, payload: bytes) -> int:
     if len(payload) + len(event_type) > EVENT_CAP_BYTES:
-        raise ValidationError(f"event {event_type[:80]!r} has {len(payload)} bytes, at most {EVENT_CAP_BYTES} can be sent")
+        size = f"{len(payload)} bytes, at most {EVENT_CAP_BYTES} can be sent"
+        raise ValidationError(f"event {event_type[:80]!r} has {size}")
     return len(payload) + EVENT_OVERHEAD_BYTES
 
 

@@ -1,8 +1,8 @@
 """Stops a thread in the middle of tenant code, and only there.
 
-Owns: for one run, whether an asynchronous exception may be raised into its thread now. `PyThreadState_SetAsyncExc` names
-a thread, not what it runs, and the exception shows up at some later bytecode; a pool thread that has just finished
-with a run must not be hit by what was meant for it, nor code of ours in the middle of a write. Why that holds:
+Owns: for one run, whether an asynchronous exception may be raised into its thread now. `PyThreadState_SetAsyncExc`
+names a thread, not what it runs, and the exception shows up at some later bytecode; a pool thread that has just
+finished with a run must not be hit by what was meant for it, nor code of ours in the middle of a write. Why that holds:
 
 1. A strike takes `_lock` without waiting, and is skipped when the thread has it. Raising happens under the lock.
 2. Code of ours that tenant code calls into holds the lock (`shielded`). Entering it, the thread first takes back an

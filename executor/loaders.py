@@ -13,12 +13,11 @@ import logging
 from pathlib import Path
 from typing import Any, Final
 
+from executor.weights import dtype_of, variant_of
 from gen_worker.context import ActionContext
 from gen_worker.errors import FatalError, WorkerError
 from gen_worker.injection import ModelArtifacts, find_runtime_loader, qualified_name
 from gen_worker.types import Asset
-
-from executor.weights import dtype_of, variant_of
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +111,6 @@ def _transformers_dtype() -> str:
 
 
 def _is_factory(type_: type) -> bool:
-    """AutoModel, AutoTokenizer, AutoPipelineForText2Image ...: never an instance, they choose the class by the files."""
+    """AutoModel, AutoTokenizer, AutoPipelineForText2Image ...: they choose another class by the files."""
     library = type_.__module__.partition(".")[0]
     return library in {"transformers", "diffusers"} and type_.__name__.startswith("Auto")

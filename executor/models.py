@@ -13,21 +13,22 @@ import copy
 import gc
 import logging
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from gen_worker.failures import failure_of
-from gen_worker.injection import ModelArtifacts
-from gen_worker.pipe.messages import Failure, LoadModel, ModelLoaded, ModelUnloaded, UnloadModel, Upward
-
 from executor.cuda_faults import is_poisoned
 from executor.loaders import load_object
+from executor.torch_state import initialized_cuda
+from executor.tracebacks import drop_frames
+from gen_worker.failures import SAFE_MESSAGE_MAX_CHARS, failure_of
+from gen_worker.injection import ModelArtifacts
+from gen_worker.pipe.messages import Failure, LoadModel, ModelLoaded, ModelUnloaded, UnloadModel, Upward
 
 log = logging.getLogger(__name__)
 
@@ -111,23 +112,23 @@ class ModelStore:
         if type_ is None:
             known = ", ".join(sorted(self._types)) or "nothing"
             raise LookupError(f"no function injects {message.type_name}; injected here: {known}")
-        artifacts = ModelArtifacts(
-            message.model_id, message.root_dir, message.files, message.metadata  # type: ignore[arg-type]
-        )
+        files = {key: Path(path) for key, path in message.files.items()}
+        artifacts = ModelArtifacts(message.model_id, Path(message.root_dir), files, message.metadata)
         return load_object(type_, artifacts, self._device)
 
     def _load_failed(self, message: LoadModel, error: BaseException, seconds: float) -> ModelLoaded:
         failure = failure_of(error)
         what = f"loading model {message.model_id!r} as {message.type_name} from {message.root_dir} failed"
-        failure = msgspec.structs.replace(
-            failure, safe_message=f"model can't be loaded: {failure.safe_message}"[:500], detail=f"{what}: {failure.detail}"
-        )
+        safe = f"model can't be loaded: {failure.safe_message}"[:SAFE_MESSAGE_MAX_CHARS]
+        failure = msgspec.structs.replace(failure, safe_message=safe, detail=f"{what}: {failure.detail}")
+        loaded = ModelLoaded(message.model_id, message.type_name, 0, seconds, failure)
         if is_poisoned(error):
             failure = msgspec.structs.replace(failure, error_type="retryable", retryable=True)
+            self._send(msgspec.structs.replace(loaded, failure=failure))
             self._on_poisoned(f"loading {message.model_id}", failure)
-        error.__traceback__ = None  # its frames hold what was loaded so far
+        drop_frames(error)
         self._release_cached()
-        return ModelLoaded(message.model_id, message.type_name, 0, seconds, failure)
+        return loaded
 
     def _unload(self, message: UnloadModel) -> ModelUnloaded:
         try:
@@ -141,14 +142,12 @@ class ModelStore:
 
     def _allocated(self) -> int:
         """Bytes that torch's allocator holds on the device; runs that go on meanwhile are in it too."""
-        torch = sys.modules.get("torch")
-        if torch is None or not self._device.startswith("cuda") or not torch.cuda.is_initialized():
-            return 0
-        return int(torch.cuda.memory_allocated(self._device))
+        cuda = initialized_cuda() if self._device.startswith("cuda") else None
+        return 0 if cuda is None else int(cuda.memory_allocated(self._device))
 
     def _release_cached(self) -> None:
         """Give memory that nothing refers to back to the device."""
         gc.collect()
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        cuda = initialized_cuda()
+        if cuda is not None:
+            cuda.empty_cache()

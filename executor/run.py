@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
+from executor.events import LOOP_WINDOWS, EventStream
+from executor.gate import Gate
+from executor.tracebacks import drop_frames
 from gen_worker.context import ActionContext
 from gen_worker.errors import RunCanceled, WorkerError
 from gen_worker.failures import failure_of
 from gen_worker.pipe.messages import CancelCause, Failure, Payload, Result, Run, Upward
 from gen_worker.signature import FunctionSpec
 from gen_worker.types import Asset
-
-from executor.events import LOOP_WINDOWS, EventStream
-from executor.gate import Gate
 
 
 class ActiveRun:
@@ -97,7 +96,7 @@ class ActiveRun:
     def fail(self, error: BaseException) -> Failure:
         """Answer with what went wrong, and say so in the stream of an incremental run that had begun."""
         failure = self._failure_of(error)
-        _drop_frames(error)
+        drop_frames(error)
         if self.spec.incremental and self.context is not None:
             said = {"error_type": failure.error_type, "message": failure.safe_message}
             self.events.close(("output.error", msgspec.json.encode(said)))
@@ -133,19 +132,3 @@ class ActiveRun:
 
     def store(self, ref: str, source: bytes | Path, *, create: bool) -> Asset:  # noqa: ARG002  # the protocol's
         raise WorkerError(f"{ref!r} can't be stored: this worker has no file store")
-
-
-def _drop_frames(error: BaseException) -> None:
-    """Let go of what the frames of a failed run hold: tensors on the device would else wait for a garbage collection."""
-    seen: set[int] = set()
-    links = [error]
-    while links:
-        link = links.pop()
-        if id(link) in seen:
-            continue
-        seen.add(id(link))
-        traceback.clear_frames(link.__traceback__)
-        link.__traceback__ = None
-        links += [other for other in (link.__cause__, link.__context__) if other is not None]
-        if isinstance(link, BaseExceptionGroup):
-            links += link.exceptions

@@ -14,14 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gen_worker.context import ActionContext
-from gen_worker.errors import FatalError, RunCanceled, ValidationError, WorkerError
-from gen_worker.payloads import decode_payload, encode_delta, encode_output
-from gen_worker.pipe.messages import Failure
-
 from executor.blobs import Blobs
 from executor.cuda_faults import is_poisoned
 from executor.run import ActiveRun
+from gen_worker.context import ActionContext
+from gen_worker.errors import FatalError, RunCanceled, ValidationError, WorkerError
+from gen_worker.payloads import decode_payload, encode_delta, encode_output
+from gen_worker.pipe.messages import Failure, Payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +40,11 @@ class Models(Protocol):
 
 
 class ProcessEnd(Protocol):
-    """How a run ends the process. Neither returns."""
+    """How a run ends the process. None of them returns."""
 
     def exit_by_tenant(self, function: str, request: SystemExit) -> None: ...
     def poisoned(self, function: str, failure: Failure) -> None: ...
+    def internal(self, error: BaseException) -> None: ...
 
 
 class PoisonedError(WorkerError):
@@ -68,8 +68,13 @@ class Runner:
 
     def run_in_thread(self, run: ActiveRun) -> None:
         """Run and answer; raises nothing."""
-        if not run.claim():
-            return
+        try:
+            if run.claim():
+                self._run_claimed(run)
+        except BaseException as defect:  # noqa: BLE001  # errors of the run are answered below
+            self._end.internal(defect)
+
+    def _run_claimed(self, run: ActiveRun) -> None:
         try:
             context, arguments = self._prepare(run)
         except Exception as error:  # noqa: BLE001  # every error of a run is its answer
@@ -78,10 +83,9 @@ class Runner:
         call: Callable[..., Any] = run.spec.func
         if run.spec.incremental:
             call = functools.partial(self._stream, run)
-        value, error = run.gate.call(call, context, **arguments)
-        arguments.clear()
-        if error is not None:
-            self._failed(run, error)
+        value, raised = run.gate.call(call, context, **arguments)
+        if raised is not None:
+            self._failed(run, raised)
         else:
             self._returned(run, value)
 
@@ -100,8 +104,13 @@ class Runner:
 
     async def run_on_loop(self, run: ActiveRun) -> None:
         """Run and answer; raises nothing."""
-        if not run.claim():
-            return
+        try:
+            if run.claim():
+                await self._run_claimed_on_loop(run)
+        except BaseException as defect:  # noqa: BLE001  # as above
+            self._end.internal(defect)
+
+    async def _run_claimed_on_loop(self, run: ActiveRun) -> None:
         value = None
         try:
             context, arguments = self._prepare(run)
@@ -173,19 +182,24 @@ class Runner:
 
     def _returned(self, run: ActiveRun, value: object) -> None:
         try:
-            if run.is_canceled:
-                raise RunCanceled("the function ended after the cancel")
-            output = b"" if run.spec.incremental else encode_output(run.spec, value)
-            limit = self._limits.output_bytes
-            if limit and len(output) > limit:
-                raise ValidationError(f"output of {len(output)} bytes is over WORKER_MAX_OUTPUT_BYTES={limit}")
-            stored = self._blobs.store(output)
+            output = self._output(run, value)
         except OSError as error:
             self._failed(run, MemoryError(f"no shared memory for an output: {error}"))
         except (Exception, RunCanceled) as error:  # noqa: BLE001  # as above
             self._failed(run, error)
         else:
-            run.succeed(stored)
+            run.succeed(output)
+
+    def _output(self, run: ActiveRun, value: object) -> Payload:
+        if run.is_canceled:
+            raise RunCanceled("the function ended after the cancel")
+        if run.spec.incremental:
+            return b""
+        output = encode_output(run.spec, value)
+        limit = self._limits.output_bytes
+        if limit and len(output) > limit:
+            raise ValidationError(f"output of {len(output)} bytes is over WORKER_MAX_OUTPUT_BYTES={limit}")
+        return self._blobs.store(output)
 
     def _failed(self, run: ActiveRun, error: BaseException) -> None:
         if isinstance(error, SystemExit):

@@ -14,6 +14,12 @@ from typing import Any, Final
 
 import msgspec
 
+from executor.blobs import Blobs
+from executor.models import ModelStore
+from executor.pool import ThreadPool
+from executor.run import ActiveRun
+from executor.runner import Runner
+from executor.striker import Striker
 from gen_worker.errors import FatalError, RunCanceled
 from gen_worker.failures import failure_of
 from gen_worker.pipe.messages import (
@@ -30,13 +36,6 @@ from gen_worker.pipe.messages import (
     decode_downward,
 )
 from gen_worker.signature import FunctionSpec
-
-from executor.blobs import Blobs
-from executor.models import ModelStore
-from executor.pool import ThreadPool
-from executor.run import ActiveRun
-from executor.runner import Runner
-from executor.striker import Striker
 
 STRIKE_AFTER: Final = 0.5
 """Of the cancel's grace period: the first half is the function's to end by itself."""
@@ -84,7 +83,7 @@ class Service:
         }
 
     def handle(self, frames: Sequence[bytes]) -> None:
-        """Act on frames that arrived together. Raises msgspec.DecodeError and ArenaError when the other end is broken."""
+        """Act on frames that arrived together. Raises DecodeError and ArenaError for what they can't be."""
         for body in frames:
             message: Downward = decode_downward(body)
             handler = self._handlers.get(type(message))

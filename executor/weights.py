@@ -46,7 +46,7 @@ def variant_of(root: Path) -> str | None:
 
 
 def dtype_of(root: Path, variant: str | None = None) -> str | None:
-    """torch's name of the float type that most bytes of the weights have; None when there are no such weights.
+    """Torch's name of the float type that most bytes of the weights have; None when there are no such weights.
 
     Of a folder with weights of the variant only those count. Raises WeightsError for a file with a broken header.
     """

@@ -18,7 +18,6 @@ from gen_worker.injection import ModelRefSource, qualified_name
 from gen_worker.project import BuildConfig, ResourcesConfig
 from gen_worker.signature import FunctionSpec
 
-
 __all__ = [
     "Manifest",
     "ManifestError",

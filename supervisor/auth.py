@@ -84,7 +84,10 @@ class KeysUnreachable(AuthError):
 
 
 class Auth:
-    """Gives the metadata for each dial. `now` gives epoch seconds; `conceal` is told each token, for the log's redaction."""
+    """Gives the metadata for each dial.
+
+    `now` gives epoch seconds; `conceal` is told each token, so that the log can mask it.
+    """
 
     def __init__(
         self,

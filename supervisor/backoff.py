@@ -90,6 +90,6 @@ class Backoff:
     def next_delay(self) -> float:
         """Seconds; each call counts as one more failure."""
         settings = self._settings
-        doubled = max(settings.delay_s, MIN_DELAY_S) * 2 ** min(self._failures, _MAX_DOUBLINGS)
+        doubled = max(settings.delay_s, MIN_DELAY_S) * 2.0 ** min(self._failures, _MAX_DOUBLINGS)
         self._failures += 1
         return min(doubled, max(settings.max_delay_s, MIN_DELAY_S)) + self._uniform() * settings.jitter_s

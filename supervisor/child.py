@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 from gen_worker.pipe.arena import ArenaReader, ArenaWriter, create_arena
 from gen_worker.pipe.frames import FrameDecoder, FrameError, encode_frame
@@ -108,7 +108,7 @@ class Child(asyncio.BufferedProtocol):
                 connection.setsockopt(socket.SOL_SOCKET, option, PIPE_BUFFER_BYTES)
             # The transport closes its socket when the pipe ends; what the child wrote is still read from this one.
             self._last_words = ours.enter_context(connection.dup())
-            self._process = subprocess.Popen(  # noqa: S603  (our own interpreter and module)
+            self._process = subprocess.Popen(  # noqa: S603, ASYNC220  (our own module; only this thread may start it)
                 [sys.executable, "-P", "-m", module, *fds, "--parent-pid", str(os.getpid()), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout_write,
@@ -129,10 +129,13 @@ class Child(asyncio.BufferedProtocol):
             _OutputLines(self._loop, stdout, "stdout", self._take_line),
             _OutputLines(self._loop, stderr, "stderr", self._take_line),
         ]
+        await self._connect(connection)
+
+    async def _connect(self, connection: socket.socket) -> None:
         try:
             await self._loop.create_unix_connection(lambda: self, sock=connection)
         except OSError as error:
-            # It runs, so this ends as any other death does: with on_exit.
+            # The child runs, so this ends as any other death does: with on_exit.
             connection.close()
             self.kill(f"its pipe can't be used: {error}")
 
@@ -179,7 +182,6 @@ class Child(asyncio.BufferedProtocol):
     # -- asyncio.BufferedProtocol -------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         if self._exited:
             transport.abort()

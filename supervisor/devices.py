@@ -20,6 +20,10 @@ class DeviceError(Exception):
     """The devices asked for are not there; the message says which and what there is."""
 
 
+class NoDriver(Exception):
+    """NVML does not start: there is no NVIDIA driver here."""
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """One executor's device. `uuid` is "" for a CPU slot."""
@@ -72,7 +76,8 @@ class SimulatedProbe:
     def __init__(self, count: int, memory_bytes: int, name: str, held: Callable[[Device], int]) -> None:
         self._held = held
         self.devices: Sequence[Device] = [
-            Device(f"GPU-FAKE-{index:04d}", name, memory_bytes, FAKE_GPU_SM, "cpu", str(index)) for index in range(count)
+            Device(f"GPU-FAKE-{index:04d}", name, memory_bytes, FAKE_GPU_SM, "cpu", str(index))
+            for index in range(count)
         ]
 
     def memory(self, device: Device) -> DeviceMemory:
@@ -86,12 +91,22 @@ class NvmlProbe:
     def __init__(self, selection: Sequence[str], visible: str | None) -> None:
         """`selection`: WORKER_GPUS; `visible`: the host's own CUDA_VISIBLE_DEVICES, None when not set.
 
-        Raises DeviceError when a GPU of the selection is not there, pynvml.NVMLError when there is no driver.
+        Raises NoDriver, DeviceError when a GPU of the selection is not there or NVML can't be asked.
         """
         import pynvml  # noqa: PLC0415  (only on hosts that may have a GPU)
 
         self._nvml: Any = pynvml
-        pynvml.nvmlInit()
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError as error:
+            raise NoDriver(str(error)) from error
+        try:
+            self._find(selection, visible)
+        except pynvml.NVMLError as error:
+            raise DeviceError(f"NVML can't say which GPUs are here: {error}") from error
+
+    def _find(self, selection: Sequence[str], visible: str | None) -> None:
+        pynvml = self._nvml
         self.driver_version = _text(pynvml.nvmlSystemGetDriverVersion())
         self._handles: dict[str, Any] = {}
         found: list[Device] = []
@@ -174,15 +189,12 @@ def open_probe(
             simulated.devices = select(simulated.devices, gpus)
         return simulated
     try:
-        import pynvml  # noqa: PLC0415
-
-        try:
-            probe = NvmlProbe(gpus, visible)
-        except pynvml.NVMLError as error:
-            if gpus:
-                raise DeviceError(f"WORKER_GPUS={','.join(gpus)}, but NVML finds no driver: {error}") from error
-            log.info("no NVIDIA driver here (%s): executors run on the CPU", error)
-            return CpuProbe(executors)
+        probe = NvmlProbe(gpus, visible)
+    except NoDriver as error:
+        if gpus:
+            raise DeviceError(f"WORKER_GPUS={','.join(gpus)}, but NVML finds no driver: {error}") from error
+        log.info("no NVIDIA driver here (%s): executors run on the CPU", error)
+        return CpuProbe(executors)
     except ImportError as error:
         raise DeviceError(f"the package nvidia-ml-py is broken or missing: {error}") from error
     if probe.devices:
@@ -196,7 +208,7 @@ def _split(visible: str | None) -> list[str] | None:
         return None
     items: list[str] = []
     for item in (part.strip() for part in visible.split(",")):
-        if not item or item.startswith("-"):
+        if not item or item.startswith("-") or item == "NoDevFiles":  # the last: Slurm's word for no GPU
             break
         items.append(item)
     return items

@@ -2,7 +2,8 @@
 
 Owns: every active run from its request to its one result.
 
-1. `submit` answers what can't run at once, and queues the rest in a lane: the runs of one function with the same models.
+1. `submit` answers what can't run at once, and queues the rest in a lane: the runs of one function with the same
+   models.
 2. `pump` gives waiting runs to executors: one that has the models hot, else one that has room, the least loaded first.
    Within a lane runs keep their order; lanes pass each other.
 3. Events and the result of a run go to the outbox; the result frees its place, and `pump` goes on.
@@ -17,11 +18,12 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from gen_worker.pipe.frames import FrameError
 from gen_worker.pipe.messages import CancelCause, Event, Failure, FunctionInfo, ModelLoaded, ModelUnloaded, Result
 from supervisor import runs
 from supervisor.child import ExitCause
@@ -65,7 +67,8 @@ class _Lane:
         self.info = info
         self.keys = keys
         self.limit = limit
-        self.waiting: deque[Run] = deque()
+        self.waiting: OrderedDict[int, Run] = OrderedDict()
+        """By key; a run that ends while it waits leaves at once, so that none is counted or looked at in vain."""
 
 
 class Dispatcher:
@@ -91,9 +94,9 @@ class Dispatcher:
         self._by_key: dict[int, Run] = {}
         self._lanes: dict[tuple[str, Models], _Lane] = {}
         self._keys = itertools.count(1)
-        self._loads: dict[str, str] = {}
-        """Model id -> the name by which a load_model_cmd asked for it; likewise for unloads."""
-        self._unloads: dict[str, str] = {}
+        self._loads: dict[str, list[str]] = {}
+        """Model id -> the names by which load_model_cmds asked for it; likewise for unloads."""
+        self._unloads: dict[str, list[str]] = {}
         self._draining = False
         self._idle = asyncio.Event()
 
@@ -125,7 +128,7 @@ class Dispatcher:
         if run.timeout_ms:
             run.timer = self._loop.call_later(run.timeout_ms / 1000, self._cancel, run, "timeout")
         lane = self._lane(info, models)
-        lane.waiting.append(run)
+        lane.waiting[run.key] = run
         self._pump_lane(lane)
 
     def cancel(self, run_id: str) -> None:
@@ -150,11 +153,13 @@ class Dispatcher:
             self.outbox.put_control(encode_load_result(name, reason))
             return
         keys = [(model_id, type_name) for type_name in sorted(types)]
-        if any(self._residency.state(handle, keys) is Residence.HOT for handle in handles):
+        states = {self._residency.state(handle, keys) for handle in handles}
+        if Residence.HOT in states:
             self.outbox.put_control(encode_load_result(name, ""))
             return
-        self._loads[model_id] = name
-        self._residency.load(min(handles, key=_load), keys)
+        self._loads.setdefault(model_id, []).append(name)
+        if Residence.LOADING not in states:
+            self._residency.load(min(handles, key=_load), keys)
 
     def unload_model(self, name: str) -> None:
         """unload_model_cmd: answered when no executor holds it any more; refused while a run uses it."""
@@ -167,13 +172,16 @@ class Dispatcher:
         if users:
             self.outbox.put_control(encode_unload_result(name, f"in use by {len(users)} runs"))
             return
+        if self._residency.is_loading(model_id):
+            self.outbox.put_control(encode_unload_result(name, "it is being loaded"))
+            return
         holders = self._residency.holders(model_id)
         if not holders:
             self.outbox.put_control(encode_unload_result(name, ""))
             return
-        self._unloads.setdefault(model_id, name)
+        self._unloads.setdefault(model_id, []).append(name)
         for handle in holders:
-            handle.send_unload(model_id)
+            self._residency.unload(handle, model_id)
 
     # -- from the executors (HandleEvents) ----------------------------------------------------
 
@@ -208,7 +216,6 @@ class Dispatcher:
 
     def model_loaded(self, handle: ExecutorHandle, loaded: ModelLoaded) -> None:
         key = (loaded.model_id, loaded.type_name)
-        self._answer_load(loaded.model_id, loaded.failure)
         extra = {"executor": handle.name}
         if loaded.failure is None:
             self._residency.loaded(handle, key, loaded.device_bytes)
@@ -218,13 +225,20 @@ class Dispatcher:
             self._residency.load_failed(handle, key)
             log.error("loading %s as %s failed: %s", *key, loaded.failure.detail, extra=extra)
             self._fail_waiting({key}, loaded.failure)
+        still_loading = any(model_id == loaded.model_id for model_id, _ in self._residency.loading(handle))
+        if loaded.failure is not None or not still_loading:
+            self._answer_load(loaded.model_id, loaded.failure)
         self._changed()
         self.pump()
 
     def model_unloaded(self, handle: ExecutorHandle, unloaded: ModelUnloaded) -> None:
         if unloaded.failure is None:
             self._residency.unloaded(handle, unloaded.model_id)
+        else:
+            self._residency.unload_failed(handle, unloaded.model_id)
         self._answer_unload(unloaded.model_id, unloaded.failure)
+        for name in self._loads.pop(unloaded.model_id, ()):
+            self.load_model(name)  # it had to wait for this
         self._changed()
         self.pump()
 
@@ -245,6 +259,7 @@ class Dispatcher:
         for model_id in list(self._unloads):
             self._answer_unload(model_id, None)
         self._changed()
+        self.pump()
 
     # -- drain --------------------------------------------------------------------------------
 
@@ -267,9 +282,10 @@ class Dispatcher:
         return True
 
     def abandon(self, detail: str) -> None:
-        """Answer what still runs `retryable`, for a worker that leaves."""
+        """Answer what still runs `retryable`, for a worker that leaves; what was being canceled stays canceled."""
         for run in list(self._active.values()):
-            self._finish(run, runs.busy(detail))
+            canceling = run.state is RunState.CANCELING
+            self._finish(run, run.failure_of_cancel(detail) if canceling else runs.busy(detail))
 
     @property
     def active(self) -> int:
@@ -281,21 +297,16 @@ class Dispatcher:
     def pump(self) -> None:
         """Give waiting runs to executors until none can take one."""
         lanes = [lane for lane in self._lanes.values() if lane.waiting]
-        lanes.sort(key=lambda lane: lane.waiting[0].key)
+        lanes.sort(key=lambda lane: next(iter(lane.waiting)))
         for lane in lanes:
             self._pump_lane(lane)
 
     def _pump_lane(self, lane: _Lane) -> None:
-        waiting = lane.waiting
-        while waiting:
-            run = waiting[0]
-            if run.state.is_terminal:
-                waiting.popleft()
-                continue
+        while lane.waiting:
             handle = self._choose(lane)
             if handle is None:
                 return
-            waiting.popleft()
+            _key, run = lane.waiting.popitem(last=False)
             self._start(run, handle)
 
     def _choose(self, lane: _Lane) -> ExecutorHandle | None:
@@ -313,8 +324,14 @@ class Dispatcher:
         """Start a load when the executors that have or load the models can't serve all who wait."""
         states = {handle: self._residency.state(handle, lane.keys) for handle in self._executors()}
         serving = sum(state is not None for state in states.values())
-        cold = [handle for handle in able if states.get(handle) is None]
-        for run in lane.waiting:
+        cold = [
+            handle
+            for handle in able
+            if states.get(handle) is None and not (serving and self._residency.has_failed(handle, lane.keys))
+        ]
+        for run in reversed(lane.waiting.values()):
+            if run.state is not RunState.QUEUED:
+                break  # nor are those before it: this was here for them
             run.wait_for_model()
         if not cold or (serving and len(lane.waiting) <= serving * (lane.limit or len(lane.waiting))):
             return
@@ -335,6 +352,8 @@ class Dispatcher:
         except OSError as error:
             detail = f"no shared memory for a payload of {len(payload)} bytes: {error}"
             self._finish(run, Failure("resource", "out of memory", detail))
+        except FrameError as error:
+            self._finish(run, runs.invalid("request too large", f"the request without its payload: {error}"))
 
     def _lane(self, info: FunctionInfo, models: Models) -> _Lane:
         lane = self._lanes.get((info.name, models))
@@ -365,15 +384,15 @@ class Dispatcher:
         handle.kill(reason)
         self._finish(run, run.failure_of_cancel(f"its executor was killed: it did not end within {grace:g} s"))
 
-    def _fail_waiting(self, keys: Iterable[ModelKey], failure: Failure) -> None:
-        """Runs that wait for a model that can't be loaded end with the reason."""
-        wanted = set(keys)
+    def _fail_waiting(self, keys: set[ModelKey], failure: Failure) -> None:
+        """Runs that wait for a model that can't be loaded end with the reason, unless another executor serves them."""
         for lane in self._lanes.values():
-            if wanted.isdisjoint(lane.keys):
+            if keys.isdisjoint(lane.keys):
                 continue
-            for run in list(lane.waiting):
-                if run.state is RunState.WAITING_MODEL:
-                    self._finish(run, failure)
+            if any(self._residency.state(handle, lane.keys) for handle in self._executors()):
+                continue
+            for run in list(lane.waiting.values()):
+                self._finish(run, failure)
 
     def _finish(self, run: Run, failure: Failure | None, output: bytes = b"") -> None:
         if not run.finish(failure):
@@ -387,6 +406,8 @@ class Dispatcher:
         del self._active[run.run_id], self._by_key[run.key]
         if run.handle is not None:
             run.handle.release(run)
+        else:
+            self._lanes[run.function, run.models].waiting.pop(run.key, None)
         if not self._active:
             self._idle.set()
 
@@ -407,9 +428,7 @@ class Dispatcher:
         limit = self._limits.max_input_bytes
         if limit and len(request.input_payload) > limit:
             size = len(request.input_payload)
-            return runs.invalid(
-                "input too large", f"input of {size} bytes is over WORKER_MAX_INPUT_BYTES={limit}"
-            )
+            return runs.invalid("input too large", f"input of {size} bytes is over WORKER_MAX_INPUT_BYTES={limit}")
         if self._limits.max_concurrency and len(self._active) >= self._limits.max_concurrency:
             return runs.busy(f"{len(self._active)} runs are active, WORKER_MAX_CONCURRENCY allows no more")
         return None
@@ -420,15 +439,14 @@ class Dispatcher:
         return self._residency.resolve(info, request.required_models, request.input_payload)
 
     def _answer_load(self, model_id: str, failure: Failure | None) -> None:
-        name = self._loads.pop(model_id, None)
-        if name is not None:
-            error = "" if failure is None else failure.detail or failure.safe_message
-            self.outbox.put_control(encode_load_result(name, error))
+        for name in self._loads.pop(model_id, ()):
+            self.outbox.put_control(encode_load_result(name, _reason(failure)))
 
     def _answer_unload(self, model_id: str, failure: Failure | None) -> None:
-        if model_id in self._unloads and (failure is not None or not self._residency.holders(model_id)):
-            error = "" if failure is None else failure.detail or failure.safe_message
-            self.outbox.put_control(encode_unload_result(self._unloads.pop(model_id), error))
+        if failure is None and self._residency.holders(model_id):
+            return  # another executor still has it
+        for name in self._unloads.pop(model_id, ()):
+            self.outbox.put_control(encode_unload_result(name, _reason(failure)))
 
     def _run_of(self, handle: ExecutorHandle, key: int) -> Run | None:
         """The run that `handle` speaks of, if it still has it."""
@@ -444,6 +462,11 @@ class Dispatcher:
 
 
 _CAUSES: Final[dict[CancelCause | None, str]] = {"timeout": "deadline", "canceled": "cancel", None: "end"}
+
+
+def _reason(failure: Failure | None) -> str:
+    """For a command's answer, where "" says that it succeeded."""
+    return "" if failure is None else failure.detail or failure.safe_message or failure.error_type
 
 
 def _load(handle: ExecutorHandle) -> tuple[int, int]:

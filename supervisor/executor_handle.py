@@ -8,13 +8,12 @@ incarnation reach no one, since each handle has a pipe of its own.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Mapping
 from enum import Enum
-from typing import Protocol
-
-import msgspec
+from typing import Final, Protocol
 
 from gen_worker.pipe.arena import BLOB_THRESHOLD_BYTES, ArenaError
 from gen_worker.pipe.messages import (
@@ -41,12 +40,19 @@ from gen_worker.pipe.messages import (
     encode,
 )
 from gen_worker.pipe.messages import Run as RunMessage
+from gen_worker.wire import TRANSPORT_LIMIT_BYTES
 from supervisor.child import Child, ExitCause
 from supervisor.devices import Device
-from supervisor.runs import Run
+from supervisor.runs import Run, invalid
 
 log = logging.getLogger(__name__)
 executor_log = logging.getLogger("executor")
+
+
+LEAVE_S: Final = 5.0
+"""An executor that said that it leaves (Fatal) has this long; a driver in disorder can hold a process up."""
+OUTPUT_CAP_BYTES: Final = TRANSPORT_LIMIT_BYTES - 1024 * 1024
+"""No stream takes a larger result, so one that was let through would break every stream it is sent on."""
 
 
 class HandleState(Enum):
@@ -147,7 +153,11 @@ class ExecutorHandle:
         return self._thread_runs < self._threads or not _takes_thread(info)
 
     def send_run(self, run: Run, payload: bytes, deadline: float, window: int) -> None:
-        """Give it a run. Raises OSError when there is no shared memory for a large payload."""
+        """Give it a run.
+
+        Raises OSError when there is no shared memory for a large payload, FrameError when the request is too large
+        without it.
+        """
         where: Payload = payload
         if len(payload) >= BLOB_THRESHOLD_BYTES:
             where = self._child.arena_down.put(payload)
@@ -194,16 +204,20 @@ class ExecutorHandle:
     def _on_frame(self, body: bytes) -> None:
         try:
             message = decode_upward(body)
-            self._handle(message)
-        except (ValueError, ArenaError) as error:  # msgspec's errors and UnicodeDecodeError are ValueErrors
+        except ValueError as error:  # msgspec's errors and UnicodeDecodeError
             self.kill(f"it sent a message that is not one: {error}")
+            return
+        try:
+            self._handle(message)
+        except ArenaError as error:
+            self.kill(f"it broke its shared memory: {error}")
 
     def _handle(self, message: Upward) -> None:
         match message:
             case Event():
                 self._events.run_event(self, message)
             case Result():
-                self._events.run_result(self, message, self._payload(message.output))
+                self._result(message)
             case Free():
                 self._child.arena_down.free(message.offset)
             case Ready():
@@ -215,13 +229,21 @@ class ExecutorHandle:
             case Fatal():
                 self.fatal = message
                 self.drain()
+                asyncio.get_running_loop().call_later(LEAVE_S, self.kill, "it stayed after it said that it leaves")
 
-    def _payload(self, payload: Payload) -> bytes:
-        if isinstance(payload, bytes):
-            return payload
-        data = self._child.arena_up.read(payload)
-        self._send(Free(payload.offset))
-        return data
+    def _result(self, result: Result) -> None:
+        output = result.output
+        if isinstance(output, bytes):
+            self._events.run_result(self, result, output)
+            return
+        if output.size > OUTPUT_CAP_BYTES:
+            self._send(Free(output.offset))
+            detail = f"an output of {output.size} bytes is over the transport's limit of {OUTPUT_CAP_BYTES}"
+            self._events.run_result(self, Result(result.key, failure=invalid("output too large", detail)), b"")
+            return
+        data = self._child.arena_up.read(output)
+        self._send(Free(output.offset))
+        self._events.run_result(self, result, data)
 
     def _ready(self, ready: Ready) -> None:
         if ready.protocol != PIPE_PROTOCOL:
@@ -249,5 +271,3 @@ class ExecutorHandle:
 
 def _takes_thread(info: FunctionInfo) -> bool:
     return info.mode in ("sync", "generator")
-
-

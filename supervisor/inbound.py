@@ -1,7 +1,7 @@
 """What the scheduler says, one message at a time.
 
-Owns: nothing; it decodes and hands each message to whoever it is for. No message from the scheduler, however broken, ends
-the stream or the worker: what can't be understood is logged and dropped.
+Owns: nothing; it decodes and hands each message to whoever it is for. No message from the scheduler, however broken,
+ends the stream or the worker: what can't be understood is logged and dropped.
 """
 
 from __future__ import annotations

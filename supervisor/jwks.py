@@ -4,8 +4,10 @@ Owns: the key cache. Imports PyJWT and cryptography, so import this module only 
 blocks: call it from a thread.
 
 1. Keys are cached for their TTL. A token whose `kid` is not among them has them fetched again at once.
-2. When they can't be fetched, older ones that have the token's `kid` serve on: the issuer may be down together with the scheduler.
-3. Only asymmetric algorithms are taken: with HS256 anyone who has the published key could sign, and `none` is no signature.
+2. When they can't be fetched, older ones that have the token's `kid` serve on: the issuer may be down together with
+   the scheduler.
+3. Only asymmetric algorithms are taken: with HS256 anyone who has the published key could sign, and `none` is no
+   signature.
 """
 
 from __future__ import annotations
@@ -138,7 +140,7 @@ class TokenVerifier:
             raise KeysUnavailable(f"no keys at {self._shown_url}: {_one_line(error)}") from None
         entries = key_set.get("keys") if isinstance(key_set, dict) else None
         if not isinstance(entries, list):
-            raise KeysUnavailable(f"no keys at {self._shown_url}: it is not a JWKS, which is an object with a list `keys`")
+            raise KeysUnavailable(f"no keys at {self._shown_url}: not a JWKS, which is an object with a list `keys`")
         return [entry for entry in entries if isinstance(entry, dict)]
 
 

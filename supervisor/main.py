@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import uvloop
 
 from gen_worker._version import __version__
-from gen_worker.manifest import Manifest, ManifestError, load_manifest
+from gen_worker.errors import ProjectError
 from supervisor.config import (
-    DEFAULT_MANIFESTS,
     ConfigError,
     Settings,
     load_settings,
@@ -26,8 +26,8 @@ from supervisor.config import (
 from supervisor.config_table import render_help
 from supervisor.devices import DeviceError
 from supervisor.exit_codes import ExitCode
-from supervisor.logs import start_logging
-from supervisor.wiring import CredentialsError
+from supervisor.logs import LogHandle, start_logging
+from supervisor.tenant import find_tenant
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for warning in unknown_variables(environ):
             log.warning("%s", warning)
-        return _run(settings, environ)
+        return _run(settings, environ, logs)
     except Exception:
         log.critical("a defect in the worker ends it", exc_info=True)
         return ExitCode.INTERNAL
@@ -54,34 +54,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logs.stop()
 
 
-def _run(settings: Settings, environ: Mapping[str, str]) -> int:
+def _run(settings: Settings, environ: Mapping[str, str], logs: LogHandle) -> int:
     from supervisor.worker import Worker  # noqa: PLC0415  (grpc and the rest, not needed to refuse a bad setting)
 
     try:
-        manifest = find_manifest(settings)
-    except ManifestError as error:
+        tenant = find_tenant(settings, Path.cwd())
+    except ProjectError as error:
         log.critical("%s", error)
         return ExitCode.CONFIG
 
     async def serve() -> ExitCode:
-        return await Worker(settings, environ, manifest).run()
+        return await Worker(settings, environ, tenant, logs.add_secrets).run()
 
     log.info("gen-worker %s, worker %s, scheduler %s", __version__, settings.worker_id, settings.scheduler_addr)
     try:
         return uvloop.run(serve())
-    except (DeviceError, CredentialsError) as error:
+    except DeviceError as error:
         log.critical("%s", error)
         return ExitCode.CONFIG
-
-
-def find_manifest(settings: Settings) -> Manifest | None:
-    """The manifest that WORKER_MANIFEST names, else the first default one that is there. Raises ManifestError."""
-    if settings.manifest is not None:
-        return load_manifest(settings.manifest)
-    for path in DEFAULT_MANIFESTS:
-        if path.is_file():
-            return load_manifest(path)
-    return None
 
 
 def _answer(arguments: Sequence[str]) -> int:

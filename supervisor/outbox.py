@@ -74,6 +74,7 @@ class Outbox:
         self._retained: deque[_Retained] = deque()
         self._sent_bytes = 0
         self._wake = asyncio.Event()
+        self._handed_over = asyncio.Event()
 
     # -- producers ----------------------------------------------------------------------------
 
@@ -130,6 +131,12 @@ class Outbox:
             room -= self._take_turn(queue, min(room, TURN_BYTES))
         return [item.data for item in taken]
 
+    async def flushed(self) -> None:
+        """Wait until everything that was put is handed over."""
+        while self.depth:
+            self._handed_over.clear()
+            await self._handed_over.wait()
+
     def accepted(self, count: int) -> None:
         """The first `count` messages of the last batch went out; the rest is queued again, in order."""
         taken, self._taken = self._taken, []
@@ -144,6 +151,7 @@ class Outbox:
             self._put_back(item)
         self._settle(taken)
         self._forget_delivered(now)
+        self._handed_over.set()
 
     def stream_opened(self) -> None:
         """A new stream stands: nothing to do, since what must go again was queued when the last one closed."""

@@ -197,5 +197,3 @@ class _SlotEvents:
         # The runs are answered first; only then is the slot free for its next executor.
         self._pool._events.executor_died(handle, cause)  # noqa: SLF001
         self._pool._died(self._slot, handle, cause)  # noqa: SLF001
-
-

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 CGROUP_MEMORY_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Where cgroup v2 and v1 keep the container's limit."""
 
+INT32_MAX: Final = 2**31 - 1
+"""The wire's int32 fields refuse more, and with it the whole registration."""
+
 
 class Registration:
     """Encodes the registration from what pool, dispatcher, residency and probe say now."""
@@ -61,7 +64,7 @@ class Registration:
             supports_model_loading=any(info.injections for info in functions.values()),
             deployment_id=settings.deployment_id,
             runpod_pod_id=settings.runpod_pod_id,
-            max_concurrency=settings.max_concurrency,
+            max_concurrency=min(settings.max_concurrency, INT32_MAX),
             function_concurrency=self._concurrency(functions, ready),
             function_schemas=[_schema(functions[name]) for name in sorted(functions)],
         )
@@ -105,7 +108,7 @@ class Registration:
             for name in handle.functions:
                 if name in functions:
                     total[name] += self._dispatcher.limit_of(functions[name])
-        return {name: limit for name, limit in total.items() if limit}
+        return {name: min(limit, INT32_MAX) for name, limit in total.items() if limit}
 
 
 def memory_limit() -> int:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import msgspec
 
-from gen_worker.model_refs import canonical_model_ref
+from gen_worker.model_refs import canonical_ref
 from gen_worker.pipe.messages import Failure, FunctionInfo, InjectionInfo, LoadModel
 from supervisor.devices import Device
 from supervisor.executor_handle import ExecutorHandle
@@ -110,7 +110,7 @@ class Residency:
             return self.model_id(injection.key)
         try:
             name = _TEXT.decode(_FIELDS.decode(payload)[injection.key])
-        except (ValueError, KeyError, RecursionError) as error:  # msgspec's errors and UnicodeDecodeError are ValueErrors
+        except (ValueError, KeyError, RecursionError) as error:  # ValueError: msgspec's and UnicodeDecodeError
             safe = f"payload field '{injection.key}' must name a model"
             raise ModelRefused(invalid(safe, f"{info.name}: {safe}: {error!r}")) from error
         return self.model_id(name)
@@ -153,9 +153,7 @@ class Residency:
             model_id, type_name = key
             found = self._artifacts[model_id]
             log.info("loading %s as %s", model_id, type_name, extra={"executor": handle.name})
-            handle.send_load(
-                LoadModel(model_id, type_name, found.root_dir, dict(found.files), dict(found.metadata))
-            )
+            handle.send_load(LoadModel(model_id, type_name, found.root_dir, dict(found.files), dict(found.metadata)))
 
     def loaded(self, handle: ExecutorHandle, key: ModelKey, device_bytes: int) -> None:
         self._held.setdefault(handle, {})[key] = Residence.HOT
@@ -207,6 +205,10 @@ class Residency:
     def loading(self, handle: ExecutorHandle) -> set[ModelKey]:
         return {key for key, state in self._held.get(handle, {}).items() if state is Residence.LOADING}
 
+    def is_loading(self, model_id: str) -> bool:
+        """Whether any executor loads it now."""
+        return any(model_id == loading for handle in self._held for loading, _ in self.loading(handle))
+
     def forget(self, handle: ExecutorHandle) -> None:
         """The executor is gone, and all that it held with it."""
         self._held.pop(handle, None)
@@ -215,9 +217,7 @@ class Residency:
 
     def hot_models(self) -> list[str]:
         """The union over executors, sorted."""
-        return sorted(
-            {key[0] for held in self._held.values() for key, state in held.items() if state is Residence.HOT}
-        )
+        return sorted({key[0] for held in self._held.values() for key, state in held.items() if state is Residence.HOT})
 
     def disk_models(self) -> list[str]:
         """What is whole on disk and not hot, sorted."""
@@ -227,6 +227,6 @@ class Residency:
 def _canonical(ref: str) -> str:
     """The canonical form of a ref; a name that is no ref (a local model may have any) stays as it is."""
     try:
-        return canonical_model_ref(ref)
+        return canonical_ref(ref)
     except ValueError:
         return ref

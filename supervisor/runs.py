@@ -46,7 +46,7 @@ class Run:
         "started", "state", "tenant_id", "timeout_ms", "timer", "user_id",
     )  # fmt: skip
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917  (the request's fields, filled in at one place)
         self,
         key: int,
         run_id: str,

@@ -3,8 +3,8 @@
 Owns: the address in turn and the count of redirect hops. Pure.
 
 1. At first the seeds are dialed in their order.
-2. A scheduler that is not the leader names another address: that one is next, at once, for MAX_HOPS hops since a stream last
-   stayed up. Further redirects are followed too, but after a wait: two schedulers may point at each other.
+2. A scheduler that is not the leader names another address: that one is next, at once, for MAX_HOPS hops since a
+   stream last stayed up. Further redirects are followed too, but after a wait: two schedulers may point at each other.
 3. When the address in turn fails, the seed list is gone through in order, without a wait between two seeds. Only
    its end is a reason to wait.
 """

@@ -8,25 +8,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gen_worker.pipe.messages import PIPE_PROTOCOL, Init
+from supervisor.auth import Auth, AuthError
 from supervisor.config import child_environment
 from supervisor.devices import Device, open_probe
-from supervisor.dispatcher import Dispatcher, Limits
+from supervisor.dispatcher import Dispatcher
 from supervisor.exit_codes import ExitCode
 from supervisor.inbound import Inbound
 from supervisor.pool import Pool
 from supervisor.registration import Registration
 from supervisor.residency import Residency
 from supervisor.session import GaveUp, Session
-from supervisor.auth import TokenRefused
-from supervisor.wiring import open_auth, open_transport, session_settings
+from supervisor.wiring import auth_settings, limits, open_transport, session_settings
 
 if TYPE_CHECKING:
-    from gen_worker.manifest import Manifest
+    from supervisor.tenant import Tenant
     from supervisor.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -40,13 +40,19 @@ LEAVE_S: Final = 2.0
 class Worker:
     """One worker process. `run` returns the exit code."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str], manifest: Manifest | None) -> None:
-        """Raises DeviceError when the GPUs asked for are not there, CredentialsError for unreadable TLS files."""
+    def __init__(
+        self,
+        settings: Settings,
+        environ: Mapping[str, str],
+        tenant: Tenant,
+        conceal: Callable[[Iterable[str]], None],
+    ) -> None:
+        """`conceal` is told the secrets that turn up later. Raises DeviceError when the GPUs asked for are not there."""
         self._settings = settings
         self._environ = child_environment(environ, settings)
         self._project_root = str(Path.cwd())
-        self._modules = manifest.modules if manifest else settings.user_modules
-        self._residency = Residency(manifest.models if manifest else {}, settings.model_artifacts)
+        self._modules = tenant.modules
+        self._residency = Residency(tenant.models, settings.model_artifacts)
         self._probe = open_probe(
             gpus=settings.gpus,
             visible=environ.get("CUDA_VISIBLE_DEVICES"),
@@ -56,14 +62,8 @@ class Worker:
             fake_name=settings.fake_gpu_name,
             held=self._residency.bytes_on,
         )
-        limits = Limits(
-            settings.max_concurrency,
-            settings.model_concurrency,
-            settings.cancel_grace_seconds,
-            settings.max_input_bytes,
-        )
         self._dispatcher = Dispatcher(
-            limits=limits,
+            limits=limits(settings),
             residency=self._residency,
             executors=lambda: self._pool.ready,
             changed=self._announce,
@@ -80,7 +80,7 @@ class Worker:
         self._session = Session(
             settings=session_settings(settings),
             transport=open_transport(settings),
-            auth=open_auth(settings),
+            auth=Auth(auth_settings(settings), conceal=conceal),
             outgoing=self._dispatcher.outbox,
             incoming=Inbound(self._dispatcher, self._residency),
             registration=registration.encode,
@@ -141,7 +141,7 @@ class Worker:
             log.critical("%s", error)
             if isinstance(error, GaveUp):
                 return ExitCode.SCHEDULER_UNREACHABLE
-            if isinstance(error, TokenRefused):
+            if isinstance(error, AuthError):
                 return ExitCode.TOKEN_REFUSED
             raise error
         if not self._signals and not self._pool.open_slots:

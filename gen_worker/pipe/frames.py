@@ -65,27 +65,28 @@ class FrameDecoder:
         if self._rest:
             self._rest += data
             with memoryview(self._rest) as source:
-                position = self._cut(source, bodies)
+                position, broken = self._cut(source, bodies)
             del self._rest[:position]
         else:
             with memoryview(data) as source:
-                self._rest += source[self._cut(source, bodies) :]
-        if self._broken:
+                position, broken = self._cut(source, bodies)
+                self._rest += source[position:]
+        if broken:
+            self._broken = broken
             self._rest.clear()
-            raise FrameError(self._broken, bodies)
+            raise FrameError(broken, bodies)
         return bodies
 
-    def _cut(self, source: memoryview, bodies: list[bytes]) -> int:
-        """Append the whole frames at the start of `source`; returns where they end."""
+    def _cut(self, source: memoryview, bodies: list[bytes]) -> tuple[int, str]:
+        """Append the whole frames at the start of `source`; returns where they end, and what is wrong there."""
         position, end = 0, len(source)
         while end - position >= _PREFIX_BYTES:
             (length,) = _LENGTH.unpack_from(source, position)
             if not 0 <= length <= self._cap:
-                self._broken = f"a frame says it has {length} bytes; the cap is {self._cap}"
-                break
+                return position, f"a frame says it has {length} bytes; the cap is {self._cap}"
             stop = position + _PREFIX_BYTES + length
             if stop > end:
                 break
             bodies.append(bytes(source[position + _PREFIX_BYTES : stop]))
             position = stop
-        return position
+        return position, ""

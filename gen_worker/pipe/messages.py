@@ -26,9 +26,7 @@ PIPE_PROTOCOL: Final = 1
 EVENT_OVERHEAD_BYTES: Final = 64
 """What an event takes of its run's window beyond its payload: both ends count `len(payload)` and this."""
 
-ErrorType = Literal[
-    "validation", "retryable", "resource", "canceled", "fatal", "auth", "internal", "timeout"
-]
+ErrorType = Literal["validation", "retryable", "resource", "canceled", "fatal", "auth", "internal", "timeout"]
 """The error types that the scheduler knows."""
 
 CancelCause = Literal["canceled", "timeout"]

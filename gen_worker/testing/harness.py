@@ -175,6 +175,7 @@ def run_function(  # noqa: PLR0913  # keyword-only, each with a default
     who = {"run_id": run_id, "tenant_id": tenant_id, "user_id": user_id}
     call = _prepare(spec, models, on_event, timeout_ms=timeout_ms, device=device, **who)
     if spec.mode in {"async", "async_generator"}:
+        _check_no_loop(spec)
         return asyncio.run(_run_async(call, payload))
     return _run_sync(call, payload)
 
@@ -231,6 +232,14 @@ def _inspect(func: Callable[..., Any], *, is_websocket: bool) -> FunctionSpec:
     if (spec.mode == "websocket") != is_websocket:
         raise TypeError(f"{spec.qualified_name}: use {'run_function' if is_websocket else 'run_websocket'} for it")
     return spec
+
+
+def _check_no_loop(spec: FunctionSpec) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise RuntimeError(f"{spec.qualified_name} is async and an event loop is running: use run_function_async")
 
 
 def _prepare(

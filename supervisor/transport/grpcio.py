@@ -1,16 +1,15 @@
 """The stream over grpcio's asyncio API.
 
-Owns: one channel and one call per stream, and the task that reads from it. Messages pass as bytes: grpc neither encodes nor decodes them.
+Owns: one channel and one call per stream, and the task that reads from it. Messages pass as bytes: grpc neither
+encodes nor decodes them.
 
-1. `open` makes a channel and a call. The call's metadata goes out once HTTP/2 is spoken (the peer sent its
-   SETTINGS), so waiting for that finds refused connections, wrong names, TLS trouble, and peers that accept and say nothing.
-2. A reader task moves messages into an inbox that is bounded in bytes and number. While the inbox is full nothing is read, so
-   HTTP/2's flow control makes the scheduler wait.
+1. `open` makes a channel and a call. The call's metadata goes out once HTTP/2 is spoken (the peer sent its SETTINGS),
+   so waiting for that finds refused connections, wrong names, TLS trouble, and peers that accept and say nothing.
+2. A reader task moves messages into an inbox that is bounded in bytes and number. While the inbox is full nothing is
+   read, so HTTP/2's flow control makes the scheduler wait.
 3. `receive` empties the inbox: one wake-up of the session for all that came meanwhile.
-4. `send` writes one message after the other: each write returns when HTTP/2 took the message, which tells how many were accepted.
-
-The read()/write() API and request/response iterators cost the same (some 50 us of CPU a message, most of it in
-grpc's hand-over between threads; benchmarks/ has the figures); only the former tells what was accepted.
+4. `send` writes one message after the other. A write returns when HTTP/2 took the message, so it is known how many
+   were accepted; request iterators cost the same and don't tell.
 """
 
 from __future__ import annotations
@@ -73,8 +72,7 @@ class GrpcioTransport:
                 await call.wait_for_connection()
         except TimeoutError:
             await _discard(channel, call)
-            reason = f"{target} took the connection but spoke no HTTP/2, or did not answer at all, for "
-            reason += f"{self._connect_timeout_s:g} s"
+            reason = f"{target} did not answer, or spoke no HTTP/2, within {self._connect_timeout_s:g} s"
             raise StreamClosed(StreamStatus(StatusCode.UNAVAILABLE, reason)) from None
         except aio.AioRpcError as error:
             await _discard(channel, call)
@@ -91,8 +89,8 @@ class GrpcioStream:
     def __init__(self, channel: aio.Channel, call: aio.StreamStreamCall[bytes, bytes]) -> None:
         self._channel = channel
         self._call = call
-        # The public write() turns every failure into INTERNAL and overwrites the status that the scheduler sent with it,
-        # so that a redirect would be lost whenever a message is under way. What lies beneath leaves the status alone.
+        # The public write() turns every failure into INTERNAL and overwrites the status that the scheduler sent with
+        # it: a redirect would be lost whenever a message is under way. What lies beneath leaves the status alone.
         self._write: Callable[[bytes], Awaitable[None]] = call._cython_call.send_serialized_message  # noqa: SLF001
         self._inbox: deque[bytes] = deque()
         self._inbox_bytes = 0
@@ -126,8 +124,7 @@ class GrpcioStream:
         except aio.BaseError:
             pass  # the status says why
         except asyncio.CancelledError:
-            if not self._closing:
-                self._call.cancel()  # whether the message at hand is out is not known: nothing may follow it
+            self._call.cancel()  # whether the message at hand is out is not known: nothing may follow it
             raise
         if accepted < len(messages):
             raise StreamClosed(await self._ended(), accepted)
@@ -221,7 +218,9 @@ def _credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
         reason = f"the TLS files can't be used ({files}): {error}"
         raise StreamClosed(StreamStatus(StatusCode.UNAVAILABLE, reason)) from None
     return grpc.ssl_channel_credentials(
-        root_certificates=_file(ca_file), private_key=_file(tls.client_key_file), certificate_chain=_file(tls.client_cert_file)
+        root_certificates=_file(ca_file),
+        private_key=_file(tls.client_key_file),
+        certificate_chain=_file(tls.client_cert_file),
     )
 
 

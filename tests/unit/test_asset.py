@@ -74,7 +74,11 @@ class Outer(msgspec.Struct):
 
 def test_assets_in_a_payload() -> None:
     payload = Outer(
-        Asset("1"), Inner(Asset("2")), [Asset("3"), Asset("4")], {"x": [Inner(None), Inner(Asset("5"))]}, (0, Asset("6"))
+        Asset("1"),
+        Inner(Asset("2")),
+        [Asset("3"), Asset("4")],
+        {"x": [Inner(None), Inner(Asset("5"))]},
+        (0, Asset("6")),
     )
     found = list(assets_in(payload))
     assert [asset.ref for asset in found] == ["1", "2", "3", "4", "5", "6"]

@@ -119,7 +119,7 @@ def test_refs_that_are_stored(ref: str, whole: str) -> None:
     ],
 )  # fmt: skip
 def test_refs_that_are_refused(ref: str) -> None:
-    with pytest.raises(ValidationError, match="use a plain name such as 'output.png'"):
+    with pytest.raises(ValidationError, match=r"use a plain name such as 'output\.png'"):
         output_ref("r1", ref)
 
 

@@ -260,7 +260,10 @@ def test_two_projects_with_the_same_module_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("import nothing_of_this_name  # worker_function", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+        (
+            "import nothing_of_this_name  # worker_function",
+            "ModuleNotFoundError: No module named 'nothing_of_this_name'",
+        ),
         ("# worker_function\ndef f(:\n", "SyntaxError: "),
         ("# worker_function\nraise RuntimeError('two\\nlines')", "RuntimeError: two lines ("),
         ("# worker_function\nimport sys\nsys.exit(3)", "SystemExit: 3 ("),

@@ -169,7 +169,9 @@ async def test_a_newer_stream_of_a_worker_takes_its_place(orchestrator: MockOrch
     old = orchestrator.workers["w1"]
     async with FakeWorker(orchestrator.address) as again:
         await again.register()
-        new = await orchestrator.wait_until(lambda: orchestrator.workers["w1"] is not old and orchestrator.workers["w1"])
+        new = await orchestrator.wait_until(
+            lambda: orchestrator.workers["w1"] is not old and orchestrator.workers["w1"]
+        )
         worker.call.cancel()
         await old.wait_ended()
         assert orchestrator.workers == {"w1": new}
@@ -442,9 +444,9 @@ async def test_headers_come_at_once_unless_they_are_held(orchestrator: MockOrche
         await asyncio.wait_for(worker.call.initial_metadata(), 10)
 
     orchestrator.on_connect = stay_silent
-    async with FakeWorker(orchestrator.address) as worker:
+    async with FakeWorker(orchestrator.address, "w2") as worker:
         await worker.register()
-        connection = await orchestrator.wait_for_worker(timeout=10)
+        connection = await orchestrator.wait_for_worker("w2", timeout=10)
         headers = asyncio.create_task(worker.call.initial_metadata())
         await worker.register(heartbeat=True)  # it is heard, and still gets nothing
         await orchestrator.wait_until(lambda: len(connection.registrations) == 2)
@@ -454,11 +456,11 @@ async def test_headers_come_at_once_unless_they_are_held(orchestrator: MockOrche
 
     orchestrator.on_connect = None
     orchestrator.send_headers = False
-    async with FakeWorker(orchestrator.address) as worker:
+    async with FakeWorker(orchestrator.address, "w3") as worker:
         await worker.register()
-        await orchestrator.wait_until(lambda: "w1" in orchestrator.workers)
+        await orchestrator.wait_for_worker("w3", timeout=10)
         headers = asyncio.create_task(worker.call.initial_metadata())
-        await orchestrator.run("greet")
+        await orchestrator.run("greet", worker="w3")
         await asyncio.wait_for(headers, 10)
 
 
@@ -502,9 +504,9 @@ async def test_a_live_stream_can_be_closed_and_half_closed(orchestrator: MockOrc
         assert await worker.status() == (grpc.StatusCode.FAILED_PRECONDITION, "not_leader:a:1")
         with pytest.raises(StreamEndedError):
             await connection.send(pb.WorkerSchedulerMessage())
-    async with FakeWorker(orchestrator.address) as worker:
+    async with FakeWorker(orchestrator.address, "w2") as worker:
         await worker.register()
-        connection = await orchestrator.wait_for_worker(timeout=10)
+        connection = await orchestrator.wait_for_worker("w2", timeout=10)
         connection.half_close()
         assert await worker.status() == (grpc.StatusCode.OK, "")
 
@@ -705,30 +707,34 @@ async def tool(*arguments: str) -> AsyncIterator[Tool]:
 async def test_cli_prints_the_output_and_exits_0() -> None:
     options = ("--timeout-ms", "9000", "--tenant-id", "t", "--user-id", "u", "--required-model", "hf:a/b",
                "--required-model", "hf:c/d", "--file-base-url", "http://f", "--file-token", "ft")  # fmt: skip
-    async with tool("--run", "greet", "--payload-json", '{"name": "Ada"}', *options) as running:
-        async with FakeWorker(await running.note("listening on ")) as worker:
-            await worker.register()
-            request = (await worker.receive()).run_request
-            assert msgspec.msgpack.decode(request.input_payload) == {"name": "Ada"}
-            assert (request.timeout_ms, request.tenant_id, request.user_id) == (9000, "t", "u")
-            assert request.required_models == ["hf:a/b", "hf:c/d"]
-            assert (request.file_base_url, request.file_token) == ("http://f", "ft")
-            await worker.event(request.run_id, "job.progress", {"progress": 1})
-            await worker.succeed(request.run_id, {"text": "hé", "raw": b"\x00\x01"})
-            code, lines, errors = await running.finish()
+    async with (
+        tool("--run", "greet", "--payload-json", '{"name": "Ada"}', *options) as running,
+        FakeWorker(await running.note("listening on ")) as worker,
+    ):
+        await worker.register()
+        request = (await worker.receive()).run_request
+        assert msgspec.msgpack.decode(request.input_payload) == {"name": "Ada"}
+        assert (request.timeout_ms, request.tenant_id, request.user_id) == (9000, "t", "u")
+        assert request.required_models == ["hf:a/b", "hf:c/d"]
+        assert (request.file_base_url, request.file_token) == ("http://f", "ft")
+        await worker.event(request.run_id, "job.progress", {"progress": 1})
+        await worker.succeed(request.run_id, {"text": "hé", "raw": b"\x00\x01"})
+        code, lines, errors = await running.finish()
     assert (code, lines) == (0, ['[output] {"text":"hé","raw":"AAE="}'])
     assert "Traceback" not in errors
 
 
 async def test_cli_prints_deltas_events_and_registrations() -> None:
-    async with tool("--run", "tokens", "--print-events", "--print-registrations") as running:
-        async with FakeWorker(await running.note("listening on ")) as worker:
-            await worker.register(gpu_count=1)
-            run_id = (await worker.receive()).run_request.run_id
-            await worker.event(run_id, "job.log", {"message": "a\nb"})
-            await worker.event(run_id, "output.delta", {"n": 1})
-            await worker.succeed(run_id, None)
-            code, lines, _ = await running.finish()
+    async with (
+        tool("--run", "tokens", "--print-events", "--print-registrations") as running,
+        FakeWorker(await running.note("listening on ")) as worker,
+    ):
+        await worker.register(gpu_count=1)
+        run_id = (await worker.receive()).run_request.run_id
+        await worker.event(run_id, "job.log", {"message": "a\nb"})
+        await worker.event(run_id, "output.delta", {"n": 1})
+        await worker.succeed(run_id, None)
+        code, lines, _ = await running.finish()
     assert code == 0
     assert lines[0].startswith("[registration] {")
     resources = msgspec.json.decode(lines[0].removeprefix("[registration] "))["resources"]
@@ -742,11 +748,10 @@ async def test_cli_prints_deltas_events_and_registrations() -> None:
 
 
 async def test_cli_prints_the_error_and_exits_1() -> None:
-    async with tool("--run", "greet") as running:
-        async with FakeWorker(await running.note("listening on ")) as worker:
-            await worker.register()
-            await worker.fail((await worker.receive()).run_request.run_id, "validation", "bad name", "line 3")
-            code, lines, errors = await running.finish()
+    async with tool("--run", "greet") as running, FakeWorker(await running.note("listening on ")) as worker:
+        await worker.register()
+        await worker.fail((await worker.receive()).run_request.run_id, "validation", "bad name", "line 3")
+        code, lines, errors = await running.finish()
     assert (code, lines) == (1, [])
     assert errors.endswith("validation: bad name\nline 3\n")
 
@@ -759,23 +764,25 @@ async def test_cli_exits_2_when_no_worker_comes() -> None:
 
 
 async def test_cli_exits_3_when_no_result_comes() -> None:
-    async with tool("--run", "greet", "--result-timeout-s", "0.1") as running:
-        async with FakeWorker(await running.note("listening on ")) as worker:
-            await worker.register()
-            code, lines, errors = await running.finish()
+    async with (
+        tool("--run", "greet", "--result-timeout-s", "0.1") as running,
+        FakeWorker(await running.note("listening on ")) as worker,
+    ):
+        await worker.register()
+        code, lines, errors = await running.finish()
     assert (code, lines) == (3, [])
     assert "no result of greet" in errors
     assert "a worker is connected" in errors
 
 
 async def test_cli_exits_3_when_the_worker_leaves_for_good() -> None:
-    async with tool("--run", "greet", "--wait-s", "2") as running:
+    async with tool("--run", "greet", "--wait-s", "1") as running:
         async with FakeWorker(await running.note("listening on ")) as worker:
             await worker.register()
             await worker.receive()
         code, _, errors = await running.finish()
     assert code == 3
-    assert "the worker left; waiting 2 s" in errors
+    assert "the worker left; waiting 1 s" in errors
 
 
 async def test_cli_takes_the_result_from_a_worker_that_came_back() -> None:
@@ -793,24 +800,25 @@ async def test_cli_takes_the_result_from_a_worker_that_came_back() -> None:
 
 
 async def test_cli_waits_for_a_worker_that_still_starts() -> None:
-    async with tool("--run", "greet") as running:
-        async with FakeWorker(await running.note("listening on "), functions=()) as worker:
-            await worker.register()
-            worker.functions = ("greet",)
-            reading = asyncio.create_task(worker.receive())
-            await worker.register(heartbeat=True)
-            await worker.succeed((await reading).run_request.run_id, {})
-            assert (await running.finish())[0] == 0
+    async with (
+        tool("--run", "greet") as running,
+        FakeWorker(await running.note("listening on "), functions=()) as worker,
+    ):
+        await worker.register()
+        worker.functions = ("greet",)
+        reading = asyncio.create_task(worker.receive())
+        await worker.register(heartbeat=True)
+        await worker.succeed((await reading).run_request.run_id, {})
+        assert (await running.finish())[0] == 0
 
 
 async def test_cli_interrupted_during_a_run_cancels_it() -> None:
-    async with tool("--run", "greet") as running:
-        async with FakeWorker(await running.note("listening on ")) as worker:
-            await worker.register()
-            run_id = (await worker.receive()).run_request.run_id
-            running.process.send_signal(signal.SIGINT)
-            assert (await worker.receive()).interrupt_run_cmd.run_id == run_id
-            code, _, errors = await running.finish()
+    async with tool("--run", "greet") as running, FakeWorker(await running.note("listening on ")) as worker:
+        await worker.register()
+        run_id = (await worker.receive()).run_request.run_id
+        running.process.send_signal(signal.SIGINT)
+        assert (await worker.receive()).interrupt_run_cmd.run_id == run_id
+        code, _, errors = await running.finish()
     assert code == 3
     assert "interrupted" in errors
     assert "Traceback" not in errors

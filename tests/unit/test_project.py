@@ -52,7 +52,9 @@ def test_deployment_ids(text: str) -> None:
     assert check_deployment_id(text) == text
 
 
-@pytest.mark.parametrize("text", ["", "ab", "a" * 64, "1abc", "-abc", "abc-", "a--b", "Abc", "a_b", "a.b", "äbc", "abc\n"])
+@pytest.mark.parametrize(
+    "text", ["", "ab", "a" * 64, "1abc", "-abc", "abc-", "a--b", "Abc", "a_b", "a.b", "äbc", "abc\n"]
+)
 def test_bad_deployment_ids(text: str) -> None:
     with pytest.raises(ValidationError, match="is not a deployment id: 3-63 characters"):
         check_deployment_id(text)

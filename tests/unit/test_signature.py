@@ -5,7 +5,7 @@ The annotations of this module are strings (the import below), as those of most 
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import decimal
 import enum
 import functools
@@ -138,9 +138,7 @@ def injected(
 
 
 @worker_websocket()
-async def socket(
-    ctx: ActionContext, pipe: Annotated[Pipe, ModelRef(DEPLOYMENT, "sdxl")], sock: RealtimeSocket
-) -> None:
+async def socket(ctx: ActionContext, pipe: Annotated[Pipe, ModelRef(DEPLOYMENT, "sdxl")], sock: RealtimeSocket) -> None:
     await sock.close()
 
 
@@ -239,9 +237,9 @@ class Everything(msgspec.Struct):
     a: bool | int | str | None
     b: bytes
     c: bytearray
-    d: datetime.datetime
-    e: datetime.date
-    f: datetime.timedelta
+    d: dt.datetime
+    e: dt.date
+    f: dt.timedelta
     g: uuid.UUID
     h: decimal.Decimal
     i: Color
@@ -268,7 +266,9 @@ def everything(ctx: ActionContext, payload: Everything) -> Everything:
 
 def test_every_type_that_msgspec_has() -> None:
     spec = inspect_function(everything)
-    assert set(msgspec.json.decode(spec.input_schema)["$defs"]["Everything"]["properties"]) == set("abcdefghijklmnopqrstuvw")
+    assert set(msgspec.json.decode(spec.input_schema)["$defs"]["Everything"]["properties"]) == set(
+        "abcdefghijklmnopqrstuvw"
+    )
 
 
 def timed(func: Callable[..., T]) -> Callable[..., T]:
@@ -334,7 +334,7 @@ def return_none(ctx: ActionContext, payload: In) -> None: ...
 def return_dict(ctx: ActionContext, payload: In) -> dict[str, int]: ...
 def return_optional(ctx: ActionContext, payload: In) -> Out | None: ...
 def return_awaitable(ctx: ActionContext, payload: In) -> Awaitable[Out]: ...
-def return_bare_iterator(ctx: ActionContext, payload: In) -> Iterator: ...  # type: ignore[type-arg]
+def return_bare_iterator(ctx: ActionContext, payload: In) -> Iterator: ...
 def return_str_iterator(ctx: ActionContext, payload: In) -> Iterator[str]: ...
 def return_optional_iterator(ctx: ActionContext, payload: In) -> Iterator[Out | None]: ...
 def return_odd(ctx: ActionContext, payload: In) -> Odd: ...
@@ -342,7 +342,12 @@ def unresolved(ctx: ActionContext, payload: OnlyForTypeCheckers) -> Out: ...
 def unresolved_model(
     ctx: ActionContext, payload: In, pipe: Annotated[OnlyForTypeCheckers, ModelRef(DEPLOYMENT, "m")]
 ) -> Out: ...
-def bad_syntax(ctx: ActionContext, payload: "In[") -> Out: ...  # type: ignore[syntax]  # noqa: F722
+def bad_syntax(ctx: ActionContext, payload: In) -> Out: ...
+
+
+bad_syntax.__annotations__["payload"] = "In["
+
+
 def two_refs(
     ctx: ActionContext, payload: In, pipe: Annotated[Pipe, ModelRef(DEPLOYMENT, "a"), ModelRef(DEPLOYMENT, "b")]
 ) -> Out: ...
@@ -354,12 +359,20 @@ def key_not_str(ctx: ActionContext, payload: In, pipe: Annotated[Pipe, ModelRef(
 def key_renamed(ctx: ActionContext, payload: In, pipe: Annotated[Pipe, ModelRef(PAYLOAD, "renamed")]) -> Out: ...
 def yields_but_single(ctx: ActionContext, payload: In) -> Out:  # type: ignore[misc]
     yield Out("")
+
+
 async def async_yields_but_single(ctx: ActionContext, payload: In) -> Out:  # type: ignore[misc]
     yield Out("")
+
+
 async def async_yields_iterator(ctx: ActionContext, payload: In) -> Iterator[Out]:  # type: ignore[misc]
     yield Out("")
+
+
 def yields_async_iterator(ctx: ActionContext, payload: In) -> AsyncIterator[Out]:  # type: ignore[misc]
     yield Out("")
+
+
 async def never_yields(ctx: ActionContext, payload: In) -> AsyncIterator[Out]: ...
 @timed
 async def async_in_sync(ctx: ActionContext, payload: In) -> Out: ...
@@ -388,7 +401,10 @@ async def async_in_sync(ctx: ActionContext, payload: In) -> Out: ...
         (dict_payload, "parameter 'payload' is dict[str, int]: it must be the payload"),
         (array_payload, "uses Row in parameter 'payload', which is array_like: it must encode as a map"),
         (odd_payload, "uses Odd in parameter 'payload', which has no schema: "),
-        (dangling_payload, "uses Dangling in parameter 'payload', whose fields name 'OnlyForTypeCheckers', not defined"),
+        (
+            dangling_payload,
+            "uses Dangling in parameter 'payload', whose fields name 'OnlyForTypeCheckers', not defined",
+        ),
         (socket_param, "parameter 'sock' is a RealtimeSocket: only a @worker_websocket() handler gets one"),
         (no_return, "has no return annotation: it must be a msgspec.Struct or an Iterator of one"),
         (return_none, "returns None: it must be a msgspec.Struct or an Iterator of one"),
@@ -406,7 +422,10 @@ async def async_in_sync(ctx: ActionContext, payload: In) -> Out: ...
         (empty_key, "parameter 'pipe' has a ModelRef without a key"),
         (optional_model, "parameter 'pipe' injects "),
         (annotated_without_ref, "parameter 'pipe' is Pipe: it must be the payload"),
-        (key_not_there, "parameter 'pipe' takes its model from payload field 'nope', which In has not; it has: prompt,"),
+        (
+            key_not_there,
+            "parameter 'pipe' takes its model from payload field 'nope', which In has not; it has: prompt,",
+        ),
         (key_not_str, "takes its model from payload field 'steps', which is int: it must be str or str | None"),
         (key_renamed, "takes its model from payload field 'renamed', which is renamed to 'otherName'"),
         (yields_but_single, "yields but returns Out: annotate it -> Iterator[Out]"),
@@ -430,6 +449,8 @@ def test_broken_functions(func: Callable[..., Any], rule: str) -> None:
 def plain_handler(ctx: ActionContext, sock: RealtimeSocket) -> None: ...
 async def yielding_handler(ctx: ActionContext, sock: RealtimeSocket) -> AsyncIterator[Out]:
     yield Out("")
+
+
 async def no_socket(ctx: ActionContext) -> None: ...
 async def two_sockets(ctx: ActionContext, a: RealtimeSocket, b: RealtimeSocket) -> None: ...
 async def handler_payload(ctx: ActionContext, sock: RealtimeSocket, payload: In) -> None: ...
@@ -480,7 +501,10 @@ def no_ctx_undecorated(ctx: ActionContext, payload: In) -> Out: ...
 
 
 def test_forgotten_parentheses() -> None:
-    with pytest.raises(SignatureError, match=rf"write @worker_function\(\) with parentheses above {__name__}.test_forgotten_parentheses"):
+    with pytest.raises(
+        SignatureError,
+        match=rf"write @worker_function\(\) with parentheses above {__name__}.test_forgotten_parentheses",
+    ):
 
         @worker_function  # type: ignore[arg-type]
         def f(ctx: ActionContext, payload: In) -> Out: ...
@@ -497,7 +521,7 @@ def test_what_is_not_a_function() -> None:
 
     with pytest.raises(SignatureError, match="only plain functions"):
         inspect_function(worker_function()(Callable_()))
-    with pytest.raises(SignatureError, match="can't mark .*: it is not a function"):
+    with pytest.raises(SignatureError, match=r"can't mark .*: it is not a function"):
         worker_function()(len)
 
 

@@ -38,6 +38,8 @@ _DEFAULT_WAIT_S = 60.0
 _FUNCTIONS_WAIT_S = 5.0
 """How long a worker may be registered without any function (its executors are starting) before it gets the run."""
 _DEFAULT_RESULT_S = 600.0
+_GOODBYE_S = 1.0
+"""At most, for a worker that does not read."""
 _RESULT_SLACK_S = 15.0
 """Past --timeout-ms: a worker's result is out within the timeout and the grace that it gives a cancel (5 s)."""
 
@@ -164,7 +166,16 @@ class _Session:
                 if not options.run:
                     await self._interrupted.wait()
                     return 0
-                return await self._run()
+                try:
+                    return await self._run()
+                finally:
+                    await self._say_goodbye()
+
+    async def _say_goodbye(self) -> None:
+        """End the streams with a status, behind what was sent last; a stop alone would overtake it."""
+        for connection in self._orchestrator.connections:
+            connection.half_close()
+        await self._orchestrator.stop(_GOODBYE_S)
 
     def _file_store(self) -> FileStoreServer:
         options = self._options

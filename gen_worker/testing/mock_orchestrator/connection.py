@@ -224,7 +224,7 @@ class WorkerConnection:
                 await self._write_headers(self._context)
 
     async def _write_headers(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        # In a task of its own, which `serve` waits for: gRPC must not be asked for a status while they are on their way.
+        # In a task of its own, which `serve` waits for: gRPC takes no status while they are on their way.
         if self._headers is None:
             self._headers = asyncio.ensure_future(context.send_initial_metadata(()))
         try:

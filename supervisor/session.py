@@ -1,0 +1,371 @@
+"""The connection to the scheduler: one stream after the other, for as long as the worker lives.
+
+Owns: the stream, the epoch (how many streams there were), and through Redial the redirect target and the backoff. It
+knows neither runs nor messages: batches come from Outgoing, what arrives goes to Incoming.
+
+1. `run` dials the address that is in turn, with the credential of the moment.
+2. The first message on a stream is the registration. From then on three tasks use the stream: `_report` sends
+   heartbeats, `_deliver` hands over what the outbox has, `_receive` hands on what comes.
+3. Whatever ends the stream ends in one StreamEnd, which is logged in one line, and Redial says what comes next.
+4. `stop` ends the stream at once; `drain` first lets the outbox empty, half-closes the stream and waits for the
+   scheduler to end it, which tells that it has read all. Both end `run`; only an error ends it else.
+
+Heartbeats go before queued messages: `_report` and `_deliver` take turns at a fair lock, so that a heartbeat waits for
+one batch at most. No send is ever canceled, since it would then be unknown what went out: the stream is closed, and the
+send that was under way ends by that, with a count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from supervisor.auth import AuthError
+from supervisor.backoff import Lifetime, ReconnectSettings
+from supervisor.clock import Clock, SystemClock
+from supervisor.redial import Redial
+from supervisor.targets import MalformedRedirect, redirect_target
+from supervisor.transport import StatusCode, Stream, StreamClosed, StreamStatus, Transport
+
+log = logging.getLogger(__name__)
+
+ANNOUNCE_GAP_S: Final = 0.02
+"""Changes within this time share one heartbeat."""
+CLOSE_GRACE_S: Final = 2.0
+"""How long a drained stream may take to be ended by the scheduler."""
+
+_REFUSALS: Final = (StatusCode.UNAUTHENTICATED, StatusCode.PERMISSION_DENIED)
+_MAX_SHOWN: Final = 400
+
+
+class Outgoing(Protocol):
+    """Where messages come from: the outbox."""
+
+    async def take(self) -> Sequence[bytes]:
+        """Wait for the next batch, what is most urgent first. Canceled while it waits, it takes nothing.
+
+        A heartbeat waits until the batch is out, so a batch is bounded: 256 KiB, or one message that is larger.
+        """
+        ...
+
+    def accepted(self, count: int) -> None:
+        """The first `count` messages of the last batch went out; the rest was not handed over. Follows every take."""
+
+    def stream_opened(self) -> None:
+        """A new stream takes messages from now on."""
+
+    def stream_closed(self) -> None:
+        """The stream is gone, and maybe some of what it accepted last."""
+
+    async def flushed(self) -> None:
+        """Wait until nothing is left to take and the last batch is accepted."""
+
+
+class Incoming(Protocol):
+    """Where messages go to."""
+
+    def handle(self, message: bytes) -> None:
+        """Cheap, and never raises for what a scheduler may send."""
+
+
+class Credentials(Protocol):
+    """What to dial with."""
+
+    async def metadata(self) -> Sequence[tuple[str, str]]:
+        """For one dial. Raises AuthError."""
+        ...
+
+    def close(self) -> None:
+        """No dial follows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionSettings:
+    """SCHEDULER_ADDR and SCHEDULER_ADDRS in this order, HEARTBEAT_INTERVAL_SECONDS, and the RECONNECT_ variables."""
+
+    addresses: tuple[str, ...]
+    heartbeat_interval_s: float = 10.0
+    reconnect: ReconnectSettings = field(default_factory=ReconnectSettings)
+
+
+class GaveUp(Exception):
+    """MAX_RECONNECT_ATTEMPTS dials in a row failed. `target` and `status` are the last one's."""
+
+    def __init__(self, failed_dials: int, target: str, status: StreamStatus) -> None:
+        super().__init__(f"gave up after {failed_dials} failed dials in a row; the last, to {target}: {_shown(status)}")
+        self.failed_dials = failed_dials
+        self.target = target
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnd:
+    """How a dial, or the stream that it opened, ended."""
+
+    target: str
+    status: StreamStatus
+    life: Lifetime = field(default_factory=Lifetime)
+    epoch: int = 0
+    """0: there was no stream."""
+    dialed: bool = True
+    """False: there was no credential to dial with."""
+
+
+@dataclass(eq=False, slots=True)
+class _Link:
+    """One stream and what belongs to it alone."""
+
+    stream: Stream
+    target: str
+    opened_at: float
+    answered_at: float | None = None
+    got_message: bool = False
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while sending; asyncio's locks are fair."""
+    registered: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def life(self, now: float) -> Lifetime:
+        up_s = None if self.answered_at is None else now - self.answered_at
+        return Lifetime(now - self.opened_at, up_s, self.got_message)
+
+
+class Session:
+    """See the module."""
+
+    def __init__(
+        self,
+        *,
+        settings: SessionSettings,
+        transport: Transport,
+        auth: Credentials,
+        outgoing: Outgoing,
+        incoming: Incoming,
+        registration: Callable[[bool], bytes],
+        clock: Clock | None = None,
+    ) -> None:
+        """`registration` gives the encoded registration; its argument is `is_heartbeat`."""
+        self._interval_s = settings.heartbeat_interval_s
+        self._transport = transport
+        self._auth = auth
+        self._outgoing = outgoing
+        self._incoming = incoming
+        self._registration = registration
+        self._clock = SystemClock() if clock is None else clock
+        self._redial = Redial(settings.addresses, settings.reconnect)
+        self._epoch = 0
+        self._link: _Link | None = None
+        self._changed = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._close_grace_s = 0.0
+        self._dial_limit: asyncio.Timeout | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Streams opened so far; the number of the present one while there is one."""
+        return self._epoch
+
+    @property
+    def connected(self) -> bool:
+        """Whether a stream is open and the scheduler has answered on it, which it may do late."""
+        return self._link is not None and self._link.answered_at is not None
+
+    @property
+    def target(self) -> str:
+        """The address of the present stream, else the one that is dialed (next)."""
+        return self._redial.target if self._link is None else self._link.target
+
+    async def run(self) -> None:
+        """Keep a stream to the scheduler until `stop` or `drain`. Raises GaveUp, or a final AuthError."""
+        try:
+            while not self._stopping.is_set():
+                end = await self._one_stream(self._redial.target)
+                if self._stopping.is_set():
+                    self._log_stopped(end)
+                    break
+                delay = self._plan(end)
+                if self._redial.exhausted:
+                    raise GaveUp(self._redial.failed_dials, end.target, end.status)
+                await self._clock.wait_for(self._hurry.wait(), delay)
+                self._hurry.clear()
+        finally:
+            self._auth.close()
+
+    def announce(self) -> None:
+        """What the registration says has changed: send it at once. Several calls in a row make one heartbeat."""
+        self._changed.set()
+
+    def stop(self) -> None:
+        """End `run` now: the stream is canceled, or the dial, or the wait."""
+        if not self._stopping.is_set() and self._dial_limit is not None:
+            self._dial_limit.reschedule(asyncio.get_running_loop().time())
+        self._stopping.set()
+        self._hurry.set()
+
+    async def drain(self, flush_timeout_s: float) -> bool:
+        """Wait until the outbox is empty, then end `run` gracefully. False when the time was over first."""
+        deadline = self._clock.now() + flush_timeout_s
+        self._hurry.set()
+        flushed = await self._clock.wait_for(self._outgoing.flushed(), flush_timeout_s)
+        self._close_grace_s = max(0.0, min(CLOSE_GRACE_S, deadline - self._clock.now()))
+        self.stop()
+        return flushed
+
+    # -- one stream ---------------------------------------------------------------------------
+
+    async def _one_stream(self, target: str) -> StreamEnd:
+        """Dial, serve the stream, and say how it ended. Raises a final AuthError."""
+        try:
+            stream = await self._dial(target)
+        except StreamClosed as closed:
+            return StreamEnd(target, closed.status)
+        except AuthError as error:
+            if error.final:
+                raise
+            return StreamEnd(target, StreamStatus(StatusCode.UNAUTHENTICATED, str(error)), dialed=False)
+        self._epoch += 1
+        log.info("stream %d to %s is open", self._epoch, target)
+        self._link = link = _Link(stream, target, self._clock.now())
+        self._outgoing.stream_opened()
+        try:
+            status = await self._serve(link)
+        finally:
+            self._link = None
+            self._outgoing.stream_closed()
+        return StreamEnd(target, status, link.life(self._clock.now()), self._epoch)
+
+    async def _dial(self, target: str) -> Stream:
+        """Raises StreamClosed, also when `stop` comes first, and AuthError."""
+        # The limit is `stop`: it cancels what is awaited here, and no task stands between that could lose a stream.
+        try:
+            async with asyncio.timeout(None) as self._dial_limit:
+                return await self._transport.open(target, await self._auth.metadata())
+        except TimeoutError:
+            raise StreamClosed(StreamStatus(StatusCode.CANCELLED, "the worker stops")) from None
+        finally:
+            self._dial_limit = None
+
+    async def _serve(self, link: _Link) -> StreamStatus:
+        """Use the stream until it ends or `stop`. Raises what a task raised that is no StreamClosed."""
+        _, report, deliver = tasks = [
+            asyncio.create_task(use(link), name=f"session{use.__name__}")
+            for use in (self._receive, self._report, self._deliver)
+        ]
+        stopped = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # From here on each send fails with its count, and receive gives what is still here, then the status.
+            await link.stream.close(self._close_grace_s if self._stopping.is_set() else 0.0)
+            async with link.turn:
+                for task in (report, deliver, stopped):
+                    task.cancel()
+            await asyncio.gather(*tasks, stopped, return_exceptions=True)
+        ends = [task.exception() for task in tasks if not task.cancelled()]
+        for error in ends:
+            if error is not None and not isinstance(error, StreamClosed):
+                raise error
+        # The reader's comes first: it has the scheduler's last word.
+        return next(error.status for error in ends if isinstance(error, StreamClosed))
+
+    async def _receive(self, link: _Link) -> None:
+        await link.stream.established()
+        link.answered_at = self._clock.now()
+        log.debug("%s answered on stream %d", link.target, self._epoch)
+        handle = self._incoming.handle
+        while True:
+            messages = await link.stream.receive()
+            link.got_message = True
+            for message in messages:
+                handle(message)
+
+    async def _report(self, link: _Link) -> None:
+        """The registration, then heartbeats: each interval from the opening on, and after each `announce`."""
+        await self._register(link, is_heartbeat=False)
+        link.registered.set()
+        due = link.opened_at + self._interval_s
+        while True:
+            last = self._clock.now()
+            if await self._clock.wait_for(self._changed.wait(), due - last):
+                await self._clock.sleep(last + ANNOUNCE_GAP_S - self._clock.now())
+            await self._register(link, is_heartbeat=True)
+            late = self._clock.now() - due
+            if late >= 0:
+                due += (math.floor(late / self._interval_s) + 1) * self._interval_s
+
+    async def _register(self, link: _Link, *, is_heartbeat: bool) -> None:
+        async with link.turn:
+            self._changed.clear()
+            await link.stream.send([self._registration(is_heartbeat)])
+
+    async def _deliver(self, link: _Link) -> None:
+        await link.registered.wait()
+        while True:
+            batch = await self._outgoing.take()
+            accepted = 0
+            try:
+                async with link.turn:
+                    await link.stream.send(batch)
+                accepted = len(batch)
+            except StreamClosed as closed:
+                accepted = closed.accepted
+                raise
+            finally:
+                self._outgoing.accepted(accepted)
+
+    # -- what comes next ----------------------------------------------------------------------
+
+    def _plan(self, end: StreamEnd) -> float:
+        """Decide what is dialed after how many seconds, and log why."""
+        redirect = None
+        if not end.dialed:
+            delay = self._redial.not_dialed()
+        else:
+            try:
+                redirect = redirect_target(end.status)
+            except MalformedRedirect as error:
+                log.warning("%s redirects, but %s; the redirect is ignored", end.target, error)
+            delay = self._redial.after(end.life, redirect)
+        level, what = _description(end, redirect)
+        log.log(level, "%s; next: %s in %.1f s", what, self._redial.target, delay)
+        return delay
+
+    def _log_stopped(self, end: StreamEnd) -> None:
+        if end.epoch:
+            log.info("stream %d to %s is closed, %s: %s", end.epoch, end.target, _age(end.life), _shown(end.status))
+
+
+def _description(end: StreamEnd, redirect: str | None) -> tuple[int, str]:
+    """The level and the text of the line that says how a stream ended."""
+    status = _shown(end.status)
+    if not end.dialed:
+        return logging.WARNING, f"{end.target} is not dialed: {_one_line(end.status.details)}"
+    if end.status.code in _REFUSALS:
+        return logging.ERROR, (
+            f"{end.target} refused the token ({status}): check that AUTH_TOKEN, WORKER_JWT or AUTH_TOKEN_FILE "
+            "is current and meant for this scheduler, and that the scheduler has its issuer's keys"
+        )
+    if redirect is not None:
+        return logging.INFO, f"{end.target} is not the leader, {redirect} is said to be"
+    if not end.epoch:
+        return logging.WARNING, f"no stream to {end.target}: {status}"
+    level = logging.INFO if end.status.code is StatusCode.OK else logging.WARNING
+    return level, f"stream {end.epoch} to {end.target} ended, {_age(end.life)}: {status}"
+
+
+def _age(life: Lifetime) -> str:
+    if life.up_s is None:
+        return f"open for {life.open_s:.1f} s without an answer"
+    return f"up for {life.up_s:.1f} s"
+
+
+def _shown(status: StreamStatus) -> str:
+    return _one_line(str(status))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:_MAX_SHOWN]

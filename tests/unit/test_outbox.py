@@ -1,0 +1,436 @@
+"""The outbox: order per run, nothing lost, nothing held up by a flood, results kept until they have arrived."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from supervisor import outbox as module
+from supervisor.outbox import BATCH_MESSAGES, DELIVERED_BYTES, DELIVERED_S, TURN_BYTES, Outbox
+
+
+class Box:
+    """An outbox with a clock of the test's and a record of its credits."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.credits: Counter[int] = Counter()
+        self.calls = 0
+        self.outbox = Outbox(self._credit, lambda: self.now)
+
+    def _credit(self, key: int, size: int) -> None:
+        self.credits[key] += size
+        self.calls += 1
+
+    def take(self) -> list[bytes]:
+        """A batch that is there without waiting."""
+        return list(take_now(self.outbox))
+
+    def send_all(self) -> list[bytes]:
+        """Hand everything over to a stream that takes it."""
+        sent: list[bytes] = []
+        while self.outbox.depth:
+            batch = self.take()
+            assert batch
+            self.outbox.accepted(len(batch))
+            sent += batch
+        return sent
+
+
+def take_now(outbox: Outbox) -> Sequence[bytes]:
+    step = outbox.take()
+    try:
+        step.send(None)
+    except StopIteration as stop:
+        taken: Sequence[bytes] = stop.value
+        return taken
+    step.close()
+    raise AssertionError("take waits")
+
+
+@pytest.fixture
+def box() -> Box:
+    return Box()
+
+
+# -- order --------------------------------------------------------------------------------------
+
+
+def test_events_of_a_run_keep_their_order_and_its_result_is_last(box: Box) -> None:
+    for number in range(300):
+        box.outbox.put_event(1, b"e%d" % number, 10)
+    box.outbox.put_result(1, b"result")
+    assert box.send_all() == [b"e%d" % number for number in range(300)] + [b"result"]
+
+
+def test_results_and_answers_overtake_the_flood_of_another_run(box: Box) -> None:
+    for _ in range(500):
+        box.outbox.put_event(1, b"x" * 2000, 2000)
+    box.outbox.put_result(2, b"result of 2")
+    box.outbox.put_control(b"answer")
+    assert box.take()[:2] == [b"result of 2", b"answer"]
+
+
+def test_a_flood_of_one_run_lets_the_events_of_another_into_the_same_batch(box: Box) -> None:
+    for _ in range(500):
+        box.outbox.put_event(1, b"x" * 1000, 1000)
+    box.outbox.put_event(2, b"event of 2", 10)
+    box.outbox.put_result(2, b"result of 2")
+    batch = box.take()
+    assert batch.index(b"event of 2") <= TURN_BYTES // 1000 + 1
+    assert batch.index(b"result of 2") == batch.index(b"event of 2") + 1
+
+
+def test_many_runs_take_turns(box: Box) -> None:
+    for key in range(1, 11):
+        for _ in range(40):
+            box.outbox.put_event(key, bytes([key]) * 4096, 4096)
+    first = box.take()
+    assert len({message[0] for message in first}) == 10
+    box.outbox.accepted(len(first))
+    assert Counter(message[0] for message in box.send_all() + first) == dict.fromkeys(range(1, 11), 40)
+
+
+def test_an_urgent_flood_is_cut_into_batches(box: Box) -> None:
+    for number in range(1000):
+        box.outbox.put_result(number + 1, b"%d" % number)
+    batch = box.take()
+    assert len(batch) == BATCH_MESSAGES
+    box.outbox.accepted(len(batch))
+    assert batch + box.send_all() == [b"%d" % number for number in range(1000)]
+
+
+def test_a_large_message_goes_out_alone_but_goes_out(box: Box) -> None:
+    box.outbox.put_result(1, b"x" * 10_000_000)
+    box.outbox.put_result(2, b"small")
+    assert [len(message) for message in box.take()] == [10_000_000]
+    box.outbox.accepted(1)
+    assert box.take() == [b"small"]
+
+
+def test_a_result_waits_for_events_that_are_being_handed_over(box: Box) -> None:
+    box.outbox.put_event(1, b"e1", 10)
+    assert box.take() == [b"e1"]
+    box.outbox.put_result(1, b"result")
+    box.outbox.accepted(0)
+    assert box.take() == [b"e1", b"result"]
+
+
+def test_a_result_whose_last_events_just_went_out_follows(box: Box) -> None:
+    box.outbox.put_event(1, b"e1", 10)
+    assert box.take() == [b"e1"]
+    box.outbox.put_result(1, b"result")
+    assert box.outbox.depth
+    box.outbox.accepted(1)
+    assert box.send_all() == [b"result"]
+
+
+# -- partial hand-over --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", range(8))
+def test_what_was_not_accepted_comes_again_in_order(box: Box, count: int) -> None:
+    box.outbox.put_control(b"c")
+    box.outbox.put_result(9, b"r9")
+    for name in (b"1a", b"1b", b"1c"):
+        box.outbox.put_event(1, name, 10)
+    box.outbox.put_result(1, b"1r")
+    box.outbox.put_event(2, b"2a", 10)
+    batch = box.take()
+    assert batch == [b"c", b"r9", b"1a", b"1b", b"1c", b"1r", b"2a"]
+    box.outbox.put_event(2, b"2b", 10)
+    box.outbox.accepted(count)
+    rest = box.send_all()
+    assert sorted(batch[:count] + rest) == sorted([*batch, b"2b"])
+    assert [m for m in rest if m[:1] in b"cr"] == [m for m in batch[count:] if m[:1] in b"cr"]
+    assert [m for m in rest if m[:1] == b"1"] == [m for m in batch[count:] if m[:1] == b"1"]
+    assert [m for m in rest if m[:1] == b"2"] == [m for m in [*batch[count:], b"2b"] if m[:1] == b"2"]
+
+
+def test_a_queue_has_one_place_in_the_turns_however_often_it_comes_back(box: Box) -> None:
+    for _ in range(3):
+        box.outbox.put_event(1, b"e", 10)
+        box.take()
+        box.outbox.put_event(1, b"f", 10)
+        box.outbox.accepted(0)
+    assert box.outbox.depth == 6
+    assert len(box.outbox._turns) == 1
+    assert len(box.send_all()) == 6
+
+
+def test_a_batch_that_nobody_settled_is_taken_again(box: Box) -> None:
+    """As when the task that took it was canceled before it could send."""
+    box.outbox.put_event(1, b"e", 10)
+    box.outbox.put_result(2, b"r")
+    assert box.take() == [b"r", b"e"]
+    assert box.take() == [b"r", b"e"]
+    box.outbox.accepted(2)
+    assert box.outbox.depth == 0
+    assert box.credits == {1: 10}
+
+
+# -- waiting ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("put", ["event", "result", "control"])
+async def test_take_waits_for_a_message(box: Box, put: str) -> None:
+    task = asyncio.ensure_future(box.outbox.take())
+    await asyncio.sleep(0)
+    assert not task.done()
+    if put == "event":
+        box.outbox.put_event(1, b"m", 1)
+    elif put == "result":
+        box.outbox.put_result(1, b"m")
+    else:
+        box.outbox.put_control(b"m")
+    assert await asyncio.wait_for(task, 5) == [b"m"]
+
+
+async def test_closing_the_stream_wakes_a_pending_take_with_what_may_be_lost(box: Box) -> None:
+    box.outbox.put_result(1, b"r")
+    box.send_all()
+    task = asyncio.ensure_future(box.outbox.take())
+    await asyncio.sleep(0)
+    box.outbox.stream_closed()
+    assert await asyncio.wait_for(task, 5) == [b"r"]
+    box.outbox.stream_closed()  # the old stream's sender got it and could do nothing with it
+    assert box.take() == [b"r"]
+
+
+async def test_a_take_that_is_canceled_takes_nothing(box: Box) -> None:
+    task = asyncio.ensure_future(box.outbox.take())
+    await asyncio.sleep(0)
+    box.outbox.put_result(1, b"r")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    box.outbox.stream_closed()
+    assert await asyncio.wait_for(box.outbox.take(), 5) == [b"r"]
+
+
+# -- results until they are known delivered -----------------------------------------------------
+
+
+def test_results_go_again_on_the_next_stream_once_and_in_order(box: Box) -> None:
+    box.outbox.put_event(1, b"e", 10)
+    for key in (1, 2, 3):
+        box.outbox.put_result(key, b"r%d" % key)
+    sent = box.send_all()
+    assert sent == [b"r2", b"r3", b"e", b"r1"]
+    box.outbox.put_result(4, b"newer")
+    box.outbox.stream_closed()
+    box.outbox.stream_closed()
+    assert box.send_all() == [b"r2", b"r3", b"r1", b"newer"], "results only, those that went out before anything newer"
+
+
+def test_results_go_again_for_every_stream_that_breaks(box: Box) -> None:
+    box.outbox.put_result(1, b"r")
+    for _ in range(3):
+        assert box.send_all() == [b"r"]
+        box.outbox.stream_closed()
+
+
+def test_answers_and_events_do_not_go_again(box: Box) -> None:
+    box.outbox.put_control(b"answer")
+    box.outbox.put_event(1, b"e", 10)
+    box.send_all()
+    box.outbox.stream_closed()
+    assert box.outbox.depth == 0
+
+
+@pytest.mark.parametrize(("following", "again"), [(DELIVERED_BYTES - 256 * 2, True), (DELIVERED_BYTES, False)])
+def test_enough_bytes_behind_it_prove_a_result_delivered(box: Box, following: int, again: bool) -> None:
+    box.outbox.put_result(1, b"r")
+    box.send_all()
+    box.outbox.put_control(b"x" * following)
+    box.send_all()
+    box.outbox.stream_closed()
+    assert (box.outbox.depth == 1) is again
+
+
+def test_many_tiny_results_do_not_pile_up(box: Box) -> None:
+    for number in range(100_000):
+        box.outbox.put_result(number + 1, b"r")
+        box.outbox.accepted(len(box.take()))
+    assert len(box.outbox._retained) <= DELIVERED_BYTES // 256
+
+
+@pytest.mark.parametrize(("seconds", "again"), [(DELIVERED_S - 0.5, True), (DELIVERED_S, False)])
+def test_a_stream_that_outlives_a_result_proves_it_delivered(box: Box, seconds: float, again: bool) -> None:
+    box.outbox.put_result(1, b"r")
+    box.send_all()
+    box.now += seconds
+    box.outbox.stream_closed()
+    assert (box.outbox.depth == 1) is again
+
+
+def test_time_without_a_stream_proves_nothing(box: Box) -> None:
+    box.outbox.put_result(1, b"r")
+    box.send_all()
+    box.now += 1
+    box.outbox.stream_closed()
+    box.now += 10 * DELIVERED_S
+    assert box.send_all() == [b"r"]
+    box.outbox.stream_closed()
+    assert box.send_all() == [b"r"]
+
+
+# -- credits ------------------------------------------------------------------------------------
+
+
+def test_credits_are_what_went_out_in_one_call_per_run_and_batch(box: Box) -> None:
+    for _ in range(50):
+        box.outbox.put_event(1, b"x", 100)
+        box.outbox.put_event(2, b"x", 7)
+    batch = box.take()
+    assert len(batch) == 100
+    assert not box.credits, "nothing went out yet"
+    box.outbox.accepted(60)
+    assert box.credits == {1: 5000, 2: 70}
+    assert box.calls == 2
+    box.send_all()
+    assert box.credits == {1: 5000, 2: 350}
+
+
+# -- any order of things ------------------------------------------------------------------------
+
+KEYS = st.integers(1, 5)
+
+
+class OutboxMachine(RuleBasedStateMachine):
+    """Random producers, a random session and streams that lose their last messages when they break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        for name, value in {
+            "BATCH_MESSAGES": 6,
+            "BATCH_BYTES": 400,
+            "TURN_BYTES": 100,
+            "DELIVERED_BYTES": 3000,
+        }.items():
+            self.patch.setattr(module, name, value)
+        self.box = Box()
+        self.next_key = 6
+        self.names = {key: key for key in range(1, 6)}
+        self.events: dict[int, list[bytes]] = {}
+        self.weights: Counter[int] = Counter()
+        self.results: dict[int, bytes] = {}
+        self.batch: list[bytes] | None = None
+        self.stream: list[tuple[bytes, float]] = []
+        self.accepted: list[bytes] = []
+        self.arrived: list[bytes] = []
+
+    def teardown(self) -> None:
+        try:
+            self.settle_all()
+        finally:
+            self.patch.undo()
+
+    # Producers.
+
+    @rule(slot=KEYS, size=st.integers(0, 150), weight=st.integers(1, 500))
+    def put_event(self, slot: int, size: int, weight: int) -> None:
+        key = self.names[slot]
+        queue = self.events.setdefault(key, [])
+        message = b"E %d %d " % (key, len(queue)) + b"x" * size
+        queue.append(message)
+        self.weights[key] += weight
+        self.box.outbox.put_event(key, message, weight)
+
+    @rule(slot=KEYS, size=st.integers(0, 500))
+    def put_result(self, slot: int, size: int) -> None:
+        key = self.names[slot]
+        self.results[key] = b"R %d " % key + b"x" * size
+        self.box.outbox.put_result(key, self.results[key])
+        self.names[slot] = self.next_key  # no event of this run can follow
+        self.next_key += 1
+
+    @rule()
+    def put_control(self) -> None:
+        self.box.outbox.put_control(b"C")
+
+    # The session.
+
+    @precondition(lambda self: self.batch is None and self.box.outbox.depth)
+    @rule()
+    def take(self) -> None:
+        self.batch = self.box.take()
+        assert self.batch
+        assert len(self.batch) <= 6
+
+    @precondition(lambda self: self.batch is not None)
+    @rule(share=st.floats(0, 1))
+    def accept(self, share: float) -> None:
+        assert self.batch is not None
+        count = round(len(self.batch) * share)
+        self.box.outbox.accepted(count)
+        self.stream += [(message, self.box.now) for message in self.batch[:count]]
+        self.accepted += self.batch[:count]
+        self.batch = None
+
+    @rule(seconds=st.sampled_from([0.1, 5.0, 61.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.box.now += seconds
+
+    @rule(losses=st.integers(0, 40))
+    def close_stream(self, losses: int) -> None:
+        """It loses its last messages: no more than a connection holds, none older than keepalive finds out."""
+        lost = size = 0
+        for message, sent_at in reversed(self.stream):
+            size += len(message) + 256
+            if lost == losses or size >= 3000 or self.box.now - sent_at >= DELIVERED_S:
+                break
+            lost += 1
+        self.arrived += [message for message, _ in self.stream[: len(self.stream) - lost]]
+        self.stream = []
+        self.batch = None  # a batch under way is settled by stream_closed
+        self.box.outbox.stream_closed()
+
+    def settle_all(self) -> None:
+        if self.batch is not None:
+            self.accept(0.0)
+        self.close_stream(40)
+        while self.box.outbox.depth:
+            self.take()
+            self.accept(1.0)
+        self.arrived += [message for message, _ in self.stream]
+        assert set(self.results.values()) <= set(self.arrived), "a result never arrived"
+        for key, events in self.events.items():
+            assert [m for m in self.accepted if m.startswith(b"E %d " % key)] == events
+            assert self.box.credits[key] == self.weights[key]
+        assert not self.box.outbox._turns
+
+    # What always holds.
+
+    @invariant()
+    def handed_over_in_order(self) -> None:
+        for key in {int(message.split()[1]) for message in self.accepted if message != b"C"}:
+            own = [m for m in first_times(self.accepted) if m != b"C" and int(m.split()[1]) == key]
+            events = self.events.get(key, [])
+            got = [m for m in own if m.startswith(b"E")]
+            assert got == events[: len(got)]
+            if own[-1].startswith(b"R"):
+                assert got == events, "a result went out before its events"
+
+    @invariant()
+    def events_go_out_once(self) -> None:
+        assert all(count == 1 for m, count in Counter(self.accepted).items() if m.startswith(b"E"))
+
+    @invariant()
+    def turns_are_unique(self) -> None:
+        turns = self.box.outbox._turns
+        assert len({id(queue) for queue in turns}) == len(turns)
+        assert all(queue.items or queue.result is not None for queue in turns)
+
+
+def first_times(messages: Iterable[bytes]) -> Iterator[bytes]:
+    return iter(dict.fromkeys(messages))
+
+
+TestOutboxMachine = OutboxMachine.TestCase
