@@ -26,7 +26,7 @@ from gen_worker.pipe.arena import create_arena
 from gen_worker.pipe.frames import FrameDecoder, encode_frame
 from gen_worker.pipe.messages import PIPE_PROTOCOL, Init, Ready, Result, Run, Shutdown, decode_upward, encode
 
-TENANT = '''
+TENANT = """
 import msgspec
 from gen_worker import ActionContext, worker_function
 
@@ -40,7 +40,7 @@ def echo(ctx: ActionContext, payload: Echo) -> Echo:
 @worker_function()
 async def echo_async(ctx: ActionContext, payload: Echo) -> Echo:
     return payload
-'''
+"""
 PROFILED = """
 import cProfile, os, sys, threading
 from executor import process

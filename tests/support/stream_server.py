@@ -60,7 +60,7 @@ class Dial:
 Behave = Callable[[Dial], Awaitable[None]]
 
 
-class StreamServer(grpc.GenericRpcHandler):
+class StreamServer(grpc.GenericRpcHandler):  # type: ignore[misc]  # the stubs have it as Any
     """`behave` is run for each stream; the stream ends with OK when it returns."""
 
     def __init__(self, behave: Behave) -> None:
@@ -72,7 +72,7 @@ class StreamServer(grpc.GenericRpcHandler):
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         self.methods.append(handler_call_details.method)
-        return grpc.stream_stream_rpc_method_handler(self._handle)  # type: ignore[arg-type]
+        return grpc.stream_stream_rpc_method_handler(self._handle)
 
     async def start(self, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None) -> None:
         self._server = aio.server(options=_OPTIONS)

@@ -553,6 +553,20 @@ async def test_a_drop_frees_a_writer_that_the_worker_blocked(
         await asyncio.wait_for(flooding, 10)
 
 
+async def test_a_sender_that_gives_up_does_not_spoil_the_stream(
+    orchestrator: MockOrchestrator, worker: FakeWorker
+) -> None:
+    given_up = asyncio.create_task(orchestrator.run("greet", bytes(20 * MIB), run_id="large"))
+    await _until_still(lambda: not given_up.done())
+    given_up.cancel()
+    waiting = asyncio.create_task(orchestrator.run("greet", run_id="never sent"))
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    next_one = asyncio.create_task(orchestrator.run("greet", run_id="next"))
+    assert [(await worker.receive()).run_request.run_id for _ in range(2)] == ["large", "next"]
+    assert (await next_one).run_id == "next"
+
+
 async def test_a_status_follows_what_the_worker_has_not_read_yet(
     orchestrator: MockOrchestrator, worker: FakeWorker
 ) -> None:

@@ -26,7 +26,7 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 
 from .connection import WorkerConnection
-from .errors import MockOrchestratorError, NoResultError, StreamEndedError, UsageError, WaitTimeoutError
+from .errors import MockOrchestratorError, NoResultError, NoWorkerError, StreamEndedError, UsageError, WaitTimeoutError
 from .files import FileStoreServer
 from .printing import Printer, to_json
 from .runs import RunHandle, decode_output
@@ -185,12 +185,11 @@ class _Session:
             raise UsageError(f"--serve-files-dir {options.serve_files_dir}: {error.strerror}") from error
 
     async def _run(self) -> int:
-        handle = await self._unless_interrupted(self._send_run())
         try:
+            handle = await self._unless_interrupted(self._send_run())
             await self._unless_interrupted(self._wait_for_result(handle))
         except _InterruptedError:
-            with contextlib.suppress(MockOrchestratorError):  # the worker may be gone; we leave anyway
-                await handle.cancel()
+            await self._cancel_runs()
             raise
         try:
             output = decode_output(handle.results[0].message)
@@ -199,6 +198,13 @@ class _Session:
             return 1
         self._printer.line(f"[output] {to_json(output)}")
         return 0
+
+    async def _cancel_runs(self) -> None:
+        # The worker may be gone or not read; we leave anyway.
+        with contextlib.suppress(MockOrchestratorError, TimeoutError):
+            async with asyncio.timeout(_GOODBYE_S):
+                for handle in self._orchestrator.runs.values():
+                    await handle.cancel()
 
     async def _send_run(self) -> RunHandle:
         """Hand the run to a worker. Raises NoWorkerError when none takes it in --wait-s."""
@@ -234,7 +240,9 @@ class _Session:
                 min(_FUNCTIONS_WAIT_S, max(0.0, deadline - time.monotonic())),
             )
             worker = registration.connection
-        return orchestrator.find(None, self._options.run) if orchestrator.workers else worker
+        with contextlib.suppress(NoWorkerError):
+            worker = orchestrator.find(None, self._options.run)
+        return worker
 
     async def _wait_for_result(self, handle: RunHandle) -> None:
         """Until a result is here. Raises NoResultError: in time none came, or the workers left for good."""

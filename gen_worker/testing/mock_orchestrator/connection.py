@@ -54,6 +54,12 @@ FROM_WORKER = frozenset(
 """The members of the oneof that a worker may send."""
 
 
+def _look_at(write: asyncio.Future[None]) -> None:
+    """Whoever waited was told how it went; if nobody did, asyncio need not complain."""
+    if not write.cancelled():
+        write.exception()
+
+
 class EndedBy(Enum):
     """Who ended a stream."""
 
@@ -162,6 +168,7 @@ class WorkerConnection:
         self._listener = listener
         self._record = record
         self._headers: asyncio.Future[None] | None = None
+        self._under_way: asyncio.Future[None] | None = None
         self._writing = asyncio.Lock()
         self._reading = asyncio.Event()
         self._reading.set()
@@ -208,14 +215,12 @@ class WorkerConnection:
     async def send_raw(self, data: bytes) -> None:
         """Send these bytes as one gRPC message, whatever they are. Raises StreamEndedError."""
         async with self._writing:
-            context = self._context
-            if context is None or not self.live:
+            if self._context is None or not self.live:
                 raise StreamEndedError(f"{self!r}: nothing can be sent on it")
-            await self._write_headers(context)
-            try:
-                await context.write(data)
-            except grpc.aio.BaseError as error:
-                raise StreamEndedError(f"{self!r}: it ended while a message was being sent") from error
+            await self._write_headers(self._context)
+            if self._under_way is not None:
+                await asyncio.wait((self._under_way,))
+            await self._write(self._context.write(data))
 
     async def send_headers(self) -> None:
         """Answer the call with headers (gRPC's initial metadata), if that has not happened yet."""
@@ -224,13 +229,20 @@ class WorkerConnection:
                 await self._write_headers(self._context)
 
     async def _write_headers(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        # In a task of its own, which `serve` waits for: gRPC takes no status while they are on their way.
         if self._headers is None:
             self._headers = asyncio.ensure_future(context.send_initial_metadata(()))
+            await self._write(self._headers)
+
+    async def _write(self, operation: Awaitable[None]) -> None:
+        # gRPC takes one write at a time and has no way to call one back. So a caller who is cancelled leaves his
+        # behind, and the next one waits for it before it makes its own.
+        self._under_way = asyncio.ensure_future(operation)
+        self._under_way.add_done_callback(_look_at)
         try:
-            await asyncio.shield(self._headers)
+            await asyncio.shield(self._under_way)
         except grpc.aio.BaseError as error:
-            raise StreamEndedError(f"{self!r}: it ended before its headers were sent") from error
+            raise StreamEndedError(f"{self!r}: it ended while something was being sent") from error
+        self._under_way = None
 
     def pause_reading(self) -> None:
         """Stop taking messages from the stream, so that HTTP/2's windows fill and the worker can't send.
@@ -307,6 +319,7 @@ class WorkerConnection:
         finally:  # also when gRPC cancels this task: the worker is lost, or the server stops
             for task in tasks:
                 task.cancel()
+            # gRPC takes no status while headers are on their way.
             await asyncio.gather(*tasks, *([self._headers] if self._headers else []), return_exceptions=True)
             self._finish(by, code, details)
         if code is not grpc.StatusCode.OK:

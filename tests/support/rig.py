@@ -1,0 +1,206 @@
+"""The real dispatcher, residency and executor handles, with a child that only records what it is sent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gen_worker.pipe.arena import ArenaReader, ArenaWriter, create_arena
+from gen_worker.pipe.frames import encode_frame
+from gen_worker.pipe.messages import (
+    PIPE_PROTOCOL,
+    Downward,
+    FunctionInfo,
+    FunctionMode,
+    InjectionInfo,
+    ModelLoaded,
+    Ready,
+    Result,
+    Upward,
+    decode_downward,
+    encode,
+)
+from gen_worker.pipe.messages import Run as RunMessage
+from gen_worker.wire import worker_scheduler_pb2 as pb
+from supervisor import executor_handle
+from supervisor.child import ExitCause
+from supervisor.devices import Device
+from supervisor.dispatcher import Dispatcher, Limits
+from supervisor.executor_handle import ExecutorHandle, HandleState
+from supervisor.residency import Residency
+
+
+@dataclass(frozen=True)
+class ModelDir:
+    root_dir: str = "/models/m"
+    files: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class RecordingChild:
+    """Stands for supervisor.child.Child: keeps what is sent, lives until it is told to die."""
+
+    def __init__(
+        self,
+        *,
+        on_frame: Callable[[bytes], None],
+        on_line: Callable[[str, str], None],
+        on_writable: Callable[[], None],
+        on_exit: Callable[[ExitCause], None],
+    ) -> None:
+        self.on_frame = on_frame
+        self.on_line = on_line
+        self.on_writable = on_writable
+        self.on_exit = on_exit
+        self.writable = True
+        self.sent: list[Downward] = []
+        self.killed: list[str] = []
+        self.last_lines: deque[str] = deque(["line 1", "line 2"])
+        self.pid = 4711
+        self.arena_down = ArenaWriter(create_arena("down"))
+        self.arena_up = ArenaReader(create_arena("up"))
+
+    async def spawn(self, module: str, arguments: list[str], env: Mapping[str, str], cwd: str) -> None:
+        raise AssertionError("no process in these tests")
+
+    def send(self, body: bytes) -> None:
+        encode_frame(body)  # refuses what is over the cap
+        self.sent.append(decode_downward(body))
+
+    def kill(self, reason: str) -> None:
+        self.killed.append(reason)
+
+    def close(self) -> None:
+        self.arena_down.close()
+        self.arena_up.close()
+
+
+class Executor:
+    """One handle and its child, driven by the test."""
+
+    def __init__(self, rig: Rig, slot: int, threads: int) -> None:
+        device = Device(f"GPU-{slot}", "GPU", 2**30, "90", "cuda:0", f"GPU-{slot}")
+        self.handle = ExecutorHandle(slot, 0, device, threads, rig.dispatcher)
+        child: Any = self.handle._child
+        assert isinstance(child, RecordingChild)
+        self.child = child
+
+    def say(self, message: Upward) -> None:
+        self.child.on_frame(encode(message))
+
+    def die(self, returncode: int = -9, reason: str = "") -> None:
+        self.child.on_exit(ExitCause(returncode, reason))
+
+    def sent(self, kind: type[Any]) -> list[Any]:
+        return [message for message in self.child.sent if isinstance(message, kind)]
+
+    @property
+    def runs(self) -> list[str]:
+        """The run_ids that it was sent, in order."""
+        return [message.run_id for message in self.sent(RunMessage)]
+
+    def key_of(self, run_id: str) -> int:
+        return next(int(message.key) for message in reversed(self.sent(RunMessage)) if message.run_id == run_id)
+
+    def succeed(self, run_id: str, output: bytes = b"\x80") -> None:
+        self.say(Result(self.key_of(run_id), output))
+
+    def load_done(self, model_id: str, type_name: str = "t.T", device_bytes: int = 1000) -> None:
+        self.say(ModelLoaded(model_id, type_name, device_bytes, 0.1))
+
+
+class Rig:
+    """A dispatcher with executors that get ready when the test says so."""
+
+    def __init__(
+        self,
+        functions: Sequence[FunctionInfo],
+        *,
+        executors: int = 1,
+        threads: int = 64,
+        limits: Limits | None = None,
+        models: Sequence[str] = (),
+        labels: Mapping[str, str] | None = None,
+        ready: bool = True,
+    ) -> None:
+        self.functions = tuple(functions)
+        self.residency = Residency(labels or {}, {model: ModelDir(f"/models/{model}") for model in models})
+        self.changes = 0
+        self.dispatcher = Dispatcher(
+            limits=limits or Limits(0, 1, 5.0, 0),
+            residency=self.residency,
+            executors=lambda: [each.handle for each in self.executors if each.handle.state is HandleState.READY],
+            changed=self._changed,
+        )
+        self.executors: list[Executor] = []
+        for _ in range(executors):
+            self.add_executor(threads=threads, ready=ready)
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    def add_executor(self, *, threads: int = 64, ready: bool = True) -> Executor:
+        executor = Executor(self, len(self.executors), threads)
+        self.executors.append(executor)
+        if ready:
+            executor.say(Ready(PIPE_PROTOCOL, self.functions, {}))
+        return executor
+
+    def submit(self, run_id: str, function: str = "f", payload: bytes = b"\x80", **fields: Any) -> None:
+        self.dispatcher.submit(
+            pb.TaskExecutionRequest(run_id=run_id, function_name=function, input_payload=payload, **fields)
+        )
+
+    def messages(self) -> list[pb.WorkerSchedulerMessage]:
+        """All that went to the scheduler since the last call."""
+        outbox, found = self.dispatcher.outbox, []
+        while outbox.depth:
+            step = outbox.take()
+            try:
+                step.send(None)
+            except StopIteration as stop:
+                found += [pb.WorkerSchedulerMessage.FromString(message) for message in stop.value]
+                outbox.accepted(len(stop.value))
+            else:
+                step.close()
+                raise AssertionError("the outbox has messages and gives none")
+        return found
+
+    def results(self) -> dict[str, pb.TaskExecutionResult]:
+        """Results by run_id since the last call; each run has one."""
+        results: dict[str, pb.TaskExecutionResult] = {}
+        for message in self.messages():
+            if message.WhichOneof("msg") == "run_result":
+                assert message.run_result.run_id not in results, "two results for one run"
+                results[message.run_result.run_id] = message.run_result
+        return results
+
+    def close(self) -> None:
+        self.dispatcher.abandon("the test ends")
+        for executor in self.executors:
+            executor.child.close()
+
+
+def function(
+    name: str = "f", mode: FunctionMode = "sync", *, models: Sequence[str] = (), limit: int = 0, payload_field: str = ""
+) -> FunctionInfo:
+    """A function that takes the models with these labels, or the one that a payload field names."""
+    injections = [InjectionInfo(f"p{index}", "t.T", "deployment", label) for index, label in enumerate(models)]
+    if payload_field:
+        injections.append(InjectionInfo("chosen", "t.T", "payload", payload_field))
+    return FunctionInfo(name, mode, injections=tuple(injections), max_concurrency=limit)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Wait for what timers or processes bring about."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def use_recording_children(patch: Callable[[object, str, object], None]) -> None:
+    """`patch` is monkeypatch.setattr: handles made from here on start no process."""
+    patch(executor_handle, "Child", RecordingChild)
