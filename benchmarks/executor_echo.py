@@ -81,8 +81,8 @@ class Executor:
         command = [sys.executable, "-P", "-m", "executor"]
         if profile:
             (root / "profiled.py").write_text(PROFILED)
-            code = "import sys, runpy; sys.path.insert(0, %r); import profiled; runpy.run_module('executor', run_name='__main__', alter_sys=True)"
-            command = [sys.executable, "-P", "-c", code % str(root)]
+            start = "import profiled; runpy.run_module('executor', run_name='__main__', alter_sys=True)"
+            command = [sys.executable, "-P", "-c", f"import sys, runpy; sys.path.insert(0, {str(root)!r}); {start}"]
         fds = {"pipe": theirs.fileno(), "down": down, "up": up}
         command += [word for name, fd in fds.items() for word in (f"--{name}-fd", str(fd))]
         self.process = subprocess.Popen([*command, "--parent-pid", str(os.getpid())], pass_fds=fds.values(), cwd=root)

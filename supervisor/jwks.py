@@ -12,13 +12,14 @@ blocks: call it from a thread.
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import math
 import time
 from collections.abc import Mapping
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import jwt
 from jwt.exceptions import PyJWKClientError
@@ -57,8 +58,9 @@ class TokenVerifier:
 
     def __init__(self, url: str, ttl_s: float, issuer: str | None, audience: str | None) -> None:
         # The cache is this object's own: PyJWT's keeps no keys past their time, nor fetches at once for a new `kid`.
-        self._client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=FETCH_TIMEOUT_S)
-        self._shown_url = _without_secrets(url)
+        plain_url, headers = _without_userinfo(url)
+        self._client = jwt.PyJWKClient(plain_url, cache_jwk_set=False, headers=headers, timeout=FETCH_TIMEOUT_S)
+        self._shown_url = plain_url.partition("?")[0]
         self._ttl_s = ttl_s
         self._issuer = issuer
         self._audience = audience
@@ -170,9 +172,14 @@ def _reason(error: jwt.PyJWTError) -> str:
     return next((text for kind, text in _REASONS if isinstance(error, kind)), "it is malformed")
 
 
-def _without_secrets(url: str) -> str:
+def _without_userinfo(url: str) -> tuple[str, dict[str, str]]:
+    """The URL without `user:password@`, and the header that says the same; urllib takes no userinfo."""
     parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    userinfo, _, host = parts.netloc.rpartition("@")
+    if not userinfo:
+        return url, {}
+    basic = base64.b64encode(unquote(userinfo).encode()).decode()
+    return parts._replace(netloc=host).geturl(), {"Authorization": f"Basic {basic}"}
 
 
 def _one_line(error: Exception) -> str:

@@ -38,6 +38,9 @@ INBOX_MESSAGES: Final = 1024
 _MESSAGE_BYTES: Final = TRANSPORT_LIMIT_BYTES + 1024 * 1024
 """The slack is for what surrounds a payload of the full size."""
 
+_TRAILERS_S: Final = 0.05
+"""Within this time after a stream's first sign of life a message or the end comes, or those were headers only."""
+
 _OPTIONS: Final = (
     ("grpc.max_send_message_length", _MESSAGE_BYTES),
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
@@ -107,9 +110,12 @@ class GrpcioStream:
             await asyncio.wait({headers, self._reader}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             headers.cancel()
-        # A call that ends without headers gives empty ones; then the reader is about to find why.
-        if self._call.done() and not self._answered and self._status is None:
-            await self._filled.wait()
+        # A refusal has no headers, but grpc gives empty ones, just before the status.
+        try:
+            async with asyncio.timeout(_TRAILERS_S):
+                await self._filled.wait()
+        except TimeoutError:
+            log.debug("headers came, and nothing else yet")
         if self._status is not None and not self._answered:
             raise StreamClosed(self._status)
 

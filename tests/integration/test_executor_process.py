@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -104,8 +105,7 @@ def test_empty_modules_are_looked_for(tmp_path: Path) -> None:
         ("import sys; sys.exit(3)", "import", ("broken_tenant", "SystemExit: 3")),
         ("x = 1", "no_functions", ("broken_tenant",)),
         (
-            "from gen_worker import ActionContext, worker_function\n"
-            "@worker_function()\ndef f(ctx: ActionContext) -> int:\n    return 1\n",
+            "from gen_worker import *\n@worker_function()\ndef f(ctx: ActionContext) -> int:\n    return 1\n",
             "signature",
             ("broken_tenant.f", "payload"),
         ),
@@ -457,7 +457,7 @@ def test_artifacts_are_injected_as_files(own: ExecutorProcess, model: LoadModel)
 
 @pytest.mark.parametrize("fault", ["directory", "type", "exit", "file"])
 def test_a_failed_load_says_what_and_why(own: ExecutorProcess, model: LoadModel, fault: str) -> None:
-    changed = {
+    changed: dict[str, Any] = {
         "directory": {"root_dir": "/nonexistent"},
         "type": {"type_name": "no.Such"},
         "file": {"files": {}},

@@ -198,7 +198,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def _drain(stream: Any, lines: list[str]) -> threading.Thread:
     def drain() -> None:
-        for line in iter(stream.readline, ""):
+        while line := stream.readline():
             lines.append(line.rstrip("\n"))
 
     thread = threading.Thread(target=drain, daemon=True)

@@ -215,12 +215,13 @@ class WorkerConnection:
     async def send_raw(self, data: bytes) -> None:
         """Send these bytes as one gRPC message, whatever they are. Raises StreamEndedError."""
         async with self._writing:
-            if self._context is None or not self.live:
+            context = self._context
+            if context is None or not self.live:
                 raise StreamEndedError(f"{self!r}: nothing can be sent on it")
-            await self._write_headers(self._context)
+            await self._write_headers(context)
             if self._under_way is not None:
                 await asyncio.wait((self._under_way,))
-            await self._write(self._context.write(data))
+            await self._write(context.write(data))
 
     async def send_headers(self) -> None:
         """Answer the call with headers (gRPC's initial metadata), if that has not happened yet."""

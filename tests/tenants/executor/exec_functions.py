@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import threading
 import time
@@ -134,14 +133,18 @@ def poison(ctx: ActionContext, payload: Nothing) -> Nothing:
 # -- streams --------------------------------------------------------------------------------------
 
 
+def _closed(payload: Count) -> None:
+    if payload.path:
+        Path(payload.path).write_text("closed")
+
+
 @worker_function()
 def stream(ctx: ActionContext, payload: Count) -> Iterator[Text]:
     try:
         for number in range(payload.count):
             yield Text(f"{number}" + "x" * payload.size)
     finally:
-        if payload.path:
-            Path(payload.path).write_text("closed")
+        _closed(payload)
 
 
 @worker_function()
@@ -150,8 +153,7 @@ async def stream_async(ctx: ActionContext, payload: Count) -> AsyncIterator[Text
         for number in range(payload.count):
             yield Text(f"{number}" + "x" * payload.size)
     finally:
-        if payload.path:
-            Path(payload.path).write_text("closed")
+        _closed(payload)
 
 
 @worker_function()
@@ -271,7 +273,7 @@ def cancel_myself(ctx: ActionContext, payload: Nothing) -> Nothing:
 def block(ctx: ActionContext, payload: Text) -> Nothing:
     """Until the file exists."""
     ctx.log("started")
-    while not os.path.exists(payload.text):
+    while not Path(payload.text).exists():
         time.sleep(0.002)
     return Nothing()
 
