@@ -12,6 +12,9 @@ finished with a run must not be hit by what was meant for it, nor code of ours i
 4. `_leave` takes the lock, which waits for such a strike, and takes a pending exception back. If it lands instead, the
    second attempt can't be hit by another. The lock is re-entrant, so having it already is no harm, and belongs to
    this run alone, so it is never released.
+
+A strike that lands in a destructor or a weakref callback is lost there (CPython reports it as ignored), as is one that
+the tenant swallows: strikes are repeated while the run goes on.
 """
 
 from __future__ import annotations

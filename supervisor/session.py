@@ -33,6 +33,9 @@ from supervisor.transport import StatusCode, Stream, StreamClosed, StreamStatus,
 
 log = logging.getLogger(__name__)
 
+HOLD_BACK_S: Final = 0.25
+"""Queued messages wait this long for the scheduler's first answer: one that is not the leader says so within a round
+trip, and what it was given would be lost. Not longer, since a leader may have nothing to say."""
 ANNOUNCE_GAP_S: Final = 0.02
 """Changes within this time share one heartbeat."""
 CLOSE_GRACE_S: Final = 2.0
@@ -123,6 +126,7 @@ class _Link:
     target: str
     opened_at: float
     answered_at: float | None = None
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
     got_message: bool = False
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while sending; asyncio's locks are fair."""
@@ -275,6 +279,7 @@ class Session:
     async def _receive(self, link: _Link) -> None:
         await link.stream.established()
         link.answered_at = self._clock.now()
+        link.answered.set()
         log.debug("%s answered on stream %d", link.target, self._epoch)
         handle = self._incoming.handle
         while True:
@@ -304,6 +309,7 @@ class Session:
 
     async def _deliver(self, link: _Link) -> None:
         await link.registered.wait()
+        await self._clock.wait_for(link.answered.wait(), HOLD_BACK_S)
         while True:
             batch = await self._outgoing.take()
             accepted = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
@@ -15,11 +16,17 @@ from gen_worker.errors import RunCanceled
 
 @pytest.fixture
 def eager_switches() -> Iterator[None]:
-    """Threads take the GIL from each other as often as CPython lets them."""
+    """Threads take the GIL from each other as often as CPython lets them.
+
+    No garbage collection meanwhile: a strike may land in a destructor that it runs, which reports it as ignored.
+    """
     before = sys.getswitchinterval()
+    gc.collect()
+    gc.disable()
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
+    gc.enable()
 
 
 def test_hands_back_what_was_returned_or_raised() -> None:

@@ -140,11 +140,12 @@ def test_payloads_that_name_no_model_are_refused(residency: Residency, payload: 
 
 @given(st.binary(max_size=60) | st.binary(max_size=30).map(lambda data: b"\x81\xa5model" + data))
 def test_no_payload_raises_anything_else(payload: bytes) -> None:
-    residency = Residency({}, ARTIFACTS)
+    residency, errors = Residency({}, ARTIFACTS), []
     try:
         chosen(residency, function(payload_field="model"), payload=payload)
     except ModelRefused as refused:
-        assert refused.failure.error_type == "validation"
+        errors.append(refused.failure.error_type)
+    assert errors in ([], ["validation"])
 
 
 def test_types_of_a_model(residency: Residency) -> None:
