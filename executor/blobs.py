@@ -5,9 +5,12 @@ Owns: the arenas, which are not safe to share between threads by themselves, and
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
+
+import msgspec
 
 from gen_worker.pipe.arena import BLOB_THRESHOLD_BYTES, ArenaReader, ArenaWriter
 from gen_worker.pipe.messages import Blob, Free, Payload, Upward
@@ -23,31 +26,20 @@ class Blobs:
         self._read_lock = threading.Lock()
         self._write_lock = threading.Lock()
 
-    def decode(self, payload: Payload, decode: Callable[[bytes | memoryview], Any]) -> Any:
-        """What `decode` makes of a payload. A blob is decoded in place and freed, also when `decode` raises.
+    def decode(self, payload: Payload, decode: Callable[[bytes | memoryview], Any], type_: type) -> Any:
+        """What `decode` makes of a payload for `type_`. A blob is given back by it, also when `decode` raises.
 
-        Raises ArenaError for a blob that can't be, and what `decode` raises.
+        It is decoded in place, unless what comes out may look into it. Raises ArenaError for a blob that can't be, and
+        what `decode` raises.
         """
         if isinstance(payload, bytes):
             return decode(payload)
         try:
-            return self._decode_blob(payload, decode)
+            with self._read_lock:
+                data = self._reader.read(payload) if keeps_views(type_) else self._reader.view(payload)
+            return decode(data)
         finally:
             self._send(Free(payload.offset))
-
-    def _decode_blob(self, blob: Blob, decode: Callable[[bytes | memoryview], Any]) -> Any:
-        with self._read_lock:
-            view = self._reader.view(blob)
-        decoded = decode(view)
-        try:
-            view.release()
-        except BufferError:
-            # A field of type memoryview looks into the arena, which is about to be used for something else.
-            del decoded
-            with self._read_lock:
-                data = self._reader.read(blob)
-            return decode(data)
-        return decoded
 
     def discard(self, payload: Payload) -> None:
         """Give back the payload of a run that did not start."""
@@ -65,3 +57,20 @@ class Blobs:
         """The supervisor has read the blob at `offset`. Raises ArenaError when there is none."""
         with self._write_lock:
             self._writer.free(offset)
+
+
+@functools.cache
+def keeps_views(type_: type) -> bool:
+    """Whether a value of the type may refer to the bytes that it was decoded from: it has a memoryview or a Raw."""
+    seen: set[int] = set()
+    links: list[object] = [msgspec.inspect.type_info(type_)]
+    while links:
+        link = links.pop()
+        if isinstance(link, (msgspec.inspect.MemoryViewType, msgspec.inspect.RawType)):
+            return True
+        if isinstance(link, tuple):
+            links += link
+        elif isinstance(link, (msgspec.inspect.Type, msgspec.inspect.Field)) and id(link) not in seen:
+            seen.add(id(link))
+            links += [getattr(link, name) for name in link.__struct_fields__]
+    return False

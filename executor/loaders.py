@@ -21,6 +21,8 @@ from gen_worker.types import Asset
 
 log = logging.getLogger(__name__)
 
+_DTYPE_SINCE: Final = {"transformers": (4, 56), "diffusers": (1, 0)}
+"""transformers deprecated `torch_dtype` in 4.56; diffusers has announced its removal for 1.0."""
 _NAMED_ARGUMENTS: Final = ("local_files_only", "variant", "dtype", "torch_dtype")
 """Given to a from_pretrained of a type that is neither transformers' nor diffusers', when it names them."""
 
@@ -91,11 +93,11 @@ def _accepted(type_: Any) -> frozenset[str]:
     bases = {qualified_name(base) for base in type_.__mro__}
     names = {name.rpartition(".")[2] for name in bases if name.startswith(("transformers.", "diffusers."))}
     if names & {"PreTrainedModel", "_BaseAutoModelClass"}:
-        return frozenset({"local_files_only", "variant", _transformers_dtype()})
+        return frozenset({"local_files_only", "variant", _dtype_keyword("transformers")})
     if type_.__module__.startswith("diffusers.") and _is_factory(type_):
-        return frozenset({"local_files_only", "variant", "torch_dtype"})
+        return frozenset({"local_files_only", "variant", _dtype_keyword("diffusers")})
     if names & {"DiffusionPipeline", "ModelMixin"}:
-        return frozenset({"local_files_only", "variant", "torch_dtype"})
+        return frozenset({"local_files_only", "variant", _dtype_keyword("diffusers")})
     if names:
         return frozenset({"local_files_only"})  # tokenizers, processors, schedulers, configs
     parameters = inspect.signature(type_.from_pretrained).parameters
@@ -103,11 +105,11 @@ def _accepted(type_: Any) -> frozenset[str]:
 
 
 @functools.cache
-def _transformers_dtype() -> str:
-    """`dtype` since transformers 4.56, which deprecated `torch_dtype`."""
-    version = str(importlib.import_module("transformers").__version__)
+def _dtype_keyword(library: str) -> str:
+    """`dtype`, or `torch_dtype` where the installed version of the library knows only that."""
+    version = str(importlib.import_module(library).__version__)
     major, minor = (int(part) for part in version.split(".")[:2])
-    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+    return "dtype" if (major, minor) >= _DTYPE_SINCE[library] else "torch_dtype"
 
 
 def _is_factory(type_: type) -> bool:

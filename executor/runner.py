@@ -140,10 +140,10 @@ class Runner:
 
     def _prepare(self, run: ActiveRun) -> tuple[ActionContext, dict[str, Any]]:
         message, spec = run.message, run.spec
-        if spec.mode == "websocket":
+        if spec.payload_type is None:
             self._blobs.discard(message.payload)
             raise FatalError(f"{spec.name} is a websocket handler: it is opened as a session, not run as a task")
-        payload = self._blobs.decode(message.payload, functools.partial(decode_payload, spec))
+        payload = self._blobs.decode(message.payload, functools.partial(decode_payload, spec), spec.payload_type)
         arguments: dict[str, Any] = {spec.payload_param: payload}
         for injection in spec.injections:
             arguments[injection.param] = self._inject(run, injection.param, injection.type_name)

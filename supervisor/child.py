@@ -133,11 +133,16 @@ class Child(asyncio.BufferedProtocol):
 
     async def _connect(self, connection: socket.socket) -> None:
         try:
-            await self._loop.create_unix_connection(lambda: self, sock=connection)
+            transport, _ = await self._loop.create_unix_connection(lambda: self, sock=connection)
         except OSError as error:
             # The child runs, so this ends as any other death does: with on_exit.
             connection.close()
             self.kill(f"its pipe can't be used: {error}")
+            return
+        if self._exited:
+            # It died meanwhile. Not earlier: until here uvloop's transport and `connection` both own the descriptor,
+            # and a transport that closes it leaves the socket to close whatever has its number by then.
+            transport.abort()
 
     def _undo_start(self) -> None:
         self._signal_group(signal.SIGKILL)
@@ -182,11 +187,8 @@ class Child(asyncio.BufferedProtocol):
     # -- asyncio.BufferedProtocol -------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
-        if self._exited:
-            transport.abort()
-            return
-        transport.set_write_buffer_limits(high=PIPE_BUFFER_BYTES)
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=PIPE_BUFFER_BYTES)
         self._flush()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
@@ -246,7 +248,7 @@ class Child(asyncio.BufferedProtocol):
         if self._closed is not None:
             self._closed.cancel()
         if self._transport is not None:
-            self._transport.abort()  # it owns its socket; one that is not connected yet is aborted when it is
+            self._transport.abort()  # one that is not connected yet is aborted by _connect
         self._last_words.close()
         self.arena_down.close()
         self.arena_up.close()

@@ -18,7 +18,6 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -28,10 +27,13 @@ from gen_worker.pipe.messages import CancelCause, Event, Failure, FunctionInfo, 
 from supervisor import runs
 from supervisor.child import ExitCause
 from supervisor.executor_handle import ExecutorHandle
+from supervisor.lanes import Lanes
+from supervisor.model_commands import ModelCommands
 from supervisor.outbox import Outbox
-from supervisor.residency import ModelKey, ModelRefused, Models, Residence, Residency
+from supervisor.quarantine import STRIKES, Quarantine, fingerprint
+from supervisor.residency import ModelKey, ModelRefused, Models, Residency
 from supervisor.runs import Run, RunState
-from supervisor.wire_codec import encode_event, encode_load_result, encode_result, encode_unload_result
+from supervisor.wire_codec import encode_event, encode_result
 
 if TYPE_CHECKING:
     from gen_worker.wire import worker_scheduler_pb2 as pb
@@ -58,19 +60,6 @@ class Limits:
     max_input_bytes: int
 
 
-class _Lane:
-    """The waiting runs of one function with the same models, in order."""
-
-    __slots__ = ("info", "keys", "limit", "waiting")
-
-    def __init__(self, info: FunctionInfo, keys: list[ModelKey], limit: int) -> None:
-        self.info = info
-        self.keys = keys
-        self.limit = limit
-        self.waiting: OrderedDict[int, Run] = OrderedDict()
-        """By key; a run that ends while it waits leaves at once, so that none is counted or looked at in vain."""
-
-
 class Dispatcher:
     """See the module. `executors` gives the live handles; `changed` is called when the registration may differ."""
 
@@ -92,11 +81,21 @@ class Dispatcher:
         """What this worker serves, as the executors said when they got ready."""
         self._active: dict[str, Run] = {}
         self._by_key: dict[int, Run] = {}
-        self._lanes: dict[tuple[str, Models], _Lane] = {}
         self._keys = itertools.count(1)
-        self._loads: dict[str, list[str]] = {}
-        """Model id -> the names by which load_model_cmds asked for it; likewise for unloads."""
-        self._unloads: dict[str, list[str]] = {}
+        self._quarantine = Quarantine(self._loop.time)
+        self.lanes = Lanes(
+            residency=residency,
+            executors=executors,
+            model_concurrency=limits.model_concurrency,
+            start=self._start,
+        )
+        self.commands = ModelCommands(
+            residency=residency,
+            outbox=self.outbox,
+            executors=executors,
+            functions=self.functions,
+            users=self._users_of,
+        )
         self._draining = False
         self._idle = asyncio.Event()
 
@@ -115,9 +114,12 @@ class Dispatcher:
         except ModelRefused as refused:
             failure = refused.failure
         if failure is not None or info is None:
-            failure = failure or runs.invalid("unknown function")
-            log.info("run refused: %s", failure.detail, extra={"run_id": run_id})
-            self.outbox.put_result(0, encode_result(run_id, b"", failure))
+            self._refuse(run_id, failure or runs.invalid("unknown function"))
+            return
+        request_print = fingerprint(info.name, request.input_payload)
+        failure = self._quarantine.refusal(request_print, info.name)
+        if failure is not None:
+            self._refuse(run_id, failure)
             return
         run = Run(
             next(self._keys), run_id, info.name, request.input_payload, models,
@@ -127,9 +129,9 @@ class Dispatcher:
         self._by_key[run.key] = run
         if run.timeout_ms:
             run.timer = self._loop.call_later(run.timeout_ms / 1000, self._cancel, run, "timeout")
-        lane = self._lane(info, models)
-        lane.waiting[run.key] = run
-        self._pump_lane(lane)
+        run.fingerprint = request_print
+        run.alone = self._quarantine.is_suspect(request_print)
+        self.lanes.add(run, info)
 
     def cancel(self, run_id: str) -> None:
         """The scheduler's interrupt; a run that is not here (any more) needs none."""
@@ -139,61 +141,17 @@ class Dispatcher:
             return
         self._cancel(run, "canceled")
 
-    def load_model(self, name: str) -> None:
-        """load_model_cmd: answered when the least loaded executor has it."""
-        handles = self._executors()
-        try:
-            model_id = self._residency.model_id(name)
-        except ModelRefused as refused:
-            self.outbox.put_control(encode_load_result(name, refused.failure.detail))
-            return
-        types = self._residency.types_of(model_id, self.functions)
-        if not handles or not types:
-            reason = "no function of this worker takes a model" if handles else "no executor is ready"
-            self.outbox.put_control(encode_load_result(name, reason))
-            return
-        keys = [(model_id, type_name) for type_name in sorted(types)]
-        states = {self._residency.state(handle, keys) for handle in handles}
-        if Residence.HOT in states:
-            self.outbox.put_control(encode_load_result(name, ""))
-            return
-        self._loads.setdefault(model_id, []).append(name)
-        if Residence.LOADING not in states:
-            self._residency.load(min(handles, key=_load), keys)
-
-    def unload_model(self, name: str) -> None:
-        """unload_model_cmd: answered when no executor holds it any more; refused while a run uses it."""
-        try:
-            model_id = self._residency.model_id(name)
-        except ModelRefused as refused:
-            self.outbox.put_control(encode_unload_result(name, refused.failure.detail))
-            return
-        users = [run for run in self._active.values() if any(model == model_id for _, model in run.models)]
-        if users:
-            self.outbox.put_control(encode_unload_result(name, f"in use by {len(users)} runs"))
-            return
-        if self._residency.is_loading(model_id):
-            self.outbox.put_control(encode_unload_result(name, "it is being loaded"))
-            return
-        holders = self._residency.holders(model_id)
-        if not holders:
-            self.outbox.put_control(encode_unload_result(name, ""))
-            return
-        self._unloads.setdefault(model_id, []).append(name)
-        for handle in holders:
-            self._residency.unload(handle, model_id)
-
     # -- from the executors (HandleEvents) ----------------------------------------------------
 
     def executor_ready(self, handle: ExecutorHandle) -> None:
         self.functions.update(handle.functions)
         log.info("executor %s is ready: %s", handle.name, ", ".join(sorted(handle.functions)))
         self._changed()
-        self.pump()
+        self.lanes.pump()
 
     def executor_writable(self, handle: ExecutorHandle) -> None:
         log.debug("executor %s reads again", handle.name)
-        self.pump()
+        self.lanes.pump()
 
     def run_event(self, handle: ExecutorHandle, event: Event) -> None:
         run = self._run_of(handle, event.key)
@@ -211,8 +169,9 @@ class Dispatcher:
             detail = result.failure.detail if result.failure else "its function ended after it was canceled"
             self._finish(run, run.failure_of_cancel(detail))
         else:
+            self._quarantine.clear(run.fingerprint)
             self._finish(run, result.failure, output)
-        self.pump()
+        self.lanes.pump()
 
     def model_loaded(self, handle: ExecutorHandle, loaded: ModelLoaded) -> None:
         key = (loaded.model_id, loaded.type_name)
@@ -224,42 +183,40 @@ class Dispatcher:
         else:
             self._residency.load_failed(handle, key)
             log.error("loading %s as %s failed: %s", *key, loaded.failure.detail, extra=extra)
-            self._fail_waiting({key}, loaded.failure)
-        still_loading = any(model_id == loaded.model_id for model_id, _ in self._residency.loading(handle))
-        if loaded.failure is not None or not still_loading:
-            self._answer_load(loaded.model_id, loaded.failure)
+            self._fail_stranded({key}, loaded.failure)
+        self.commands.loaded(handle, loaded.model_id, loaded.failure)
         self._changed()
-        self.pump()
+        self.lanes.pump()
 
     def model_unloaded(self, handle: ExecutorHandle, unloaded: ModelUnloaded) -> None:
         if unloaded.failure is None:
             self._residency.unloaded(handle, unloaded.model_id)
         else:
             self._residency.unload_failed(handle, unloaded.model_id)
-        self._answer_unload(unloaded.model_id, unloaded.failure)
-        for name in self._loads.pop(unloaded.model_id, ()):
-            self.load_model(name)  # it had to wait for this
+        self.commands.unloaded(unloaded.model_id, unloaded.failure)
         self._changed()
-        self.pump()
+        self.lanes.pump()
 
     def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None:
         loading = self._residency.loading(handle)
         self._residency.forget(handle)
+        self.lanes.forget(handle)
         lines = "\n".join(handle.last_lines())[-LAST_LINES_CHARS:]
         ended = f"executor {handle.name} (pid {handle.pid}) {cause}"
         for run in list(handle.runs.values()):
-            detail = f"{ended} while it ran {run.function}; last lines:\n{lines}"
-            failure = run.failure_of_cancel(ended) if run.state is RunState.CANCELING else runs.crashed(detail)
-            self._finish(run, failure)
+            if run.state is RunState.CANCELING:
+                self._finish(run, run.failure_of_cancel(ended))
+                continue
+            detail = f"{ended} while it ran {run.function}{self._strike(handle, run)}; last lines:\n{lines}"
+            self._finish(run, runs.crashed(detail))
         if loading:
             detail = f"{ended} while it loaded {', '.join(sorted(key[0] for key in loading))}; last lines:\n{lines}"
-            self._fail_waiting(loading, runs.crashed(detail))
+            self._fail_stranded(loading, runs.crashed(detail))
             for model_id, _ in loading:
-                self._answer_load(model_id, runs.crashed(detail))
-        for model_id in list(self._unloads):
-            self._answer_unload(model_id, None)
+                self.commands.load_ended(model_id, runs.crashed(detail))
+        self.commands.executor_gone()
         self._changed()
-        self.pump()
+        self.lanes.pump()
 
     # -- drain --------------------------------------------------------------------------------
 
@@ -292,52 +249,7 @@ class Dispatcher:
         """Runs that were accepted and have no result yet."""
         return len(self._active)
 
-    # -- giving runs to executors -------------------------------------------------------------
-
-    def pump(self) -> None:
-        """Give waiting runs to executors until none can take one."""
-        lanes = [lane for lane in self._lanes.values() if lane.waiting]
-        lanes.sort(key=lambda lane: next(iter(lane.waiting)))
-        for lane in lanes:
-            self._pump_lane(lane)
-
-    def _pump_lane(self, lane: _Lane) -> None:
-        while lane.waiting:
-            handle = self._choose(lane)
-            if handle is None:
-                return
-            _key, run = lane.waiting.popitem(last=False)
-            self._start(run, handle)
-
-    def _choose(self, lane: _Lane) -> ExecutorHandle | None:
-        """The executor for the lane's next run; None: it waits (and what it waits for is under way)."""
-        able = [handle for handle in self._executors() if handle.can_take(lane.info.name, lane.limit)]
-        if not lane.keys:
-            return min(able, key=_load, default=None)
-        hot = [handle for handle in able if self._residency.state(handle, lane.keys) is Residence.HOT]
-        if hot:
-            return min(hot, key=_load)
-        self._load_for(lane, able)
-        return None
-
-    def _load_for(self, lane: _Lane, able: Sequence[ExecutorHandle]) -> None:
-        """Start a load when the executors that have or load the models can't serve all who wait."""
-        states = {handle: self._residency.state(handle, lane.keys) for handle in self._executors()}
-        serving = sum(state is not None for state in states.values())
-        cold = [
-            handle
-            for handle in able
-            if states.get(handle) is None and not (serving and self._residency.has_failed(handle, lane.keys))
-        ]
-        for run in reversed(lane.waiting.values()):
-            if run.state is not RunState.QUEUED:
-                break  # nor are those before it: this was here for them
-            run.wait_for_model()
-        if not cold or (serving and len(lane.waiting) <= serving * (lane.limit or len(lane.waiting))):
-            return
-        idle = [handle for handle in cold if not serving or not handle.load]
-        if idle:
-            self._residency.load(min(idle, key=_load), lane.keys)
+    # -- inside -------------------------------------------------------------------------------
 
     def _start(self, run: Run, handle: ExecutorHandle) -> None:
         payload = run.payload
@@ -354,13 +266,6 @@ class Dispatcher:
             self._finish(run, Failure("resource", "out of memory", detail))
         except FrameError as error:
             self._finish(run, runs.invalid("request too large", f"the request without its payload: {error}"))
-
-    def _lane(self, info: FunctionInfo, models: Models) -> _Lane:
-        lane = self._lanes.get((info.name, models))
-        if lane is None:
-            lane = _Lane(info, self._residency.keys(info, models), self.limit_of(info))
-            self._lanes[info.name, models] = lane
-        return lane
 
     # -- ends ---------------------------------------------------------------------------------
 
@@ -384,15 +289,24 @@ class Dispatcher:
         handle.kill(reason)
         self._finish(run, run.failure_of_cancel(f"its executor was killed: it did not end within {grace:g} s"))
 
-    def _fail_waiting(self, keys: set[ModelKey], failure: Failure) -> None:
+    def _fail_stranded(self, keys: set[ModelKey], failure: Failure) -> None:
         """Runs that wait for a model that can't be loaded end with the reason, unless another executor serves them."""
-        for lane in self._lanes.values():
-            if keys.isdisjoint(lane.keys):
-                continue
-            if any(self._residency.state(handle, lane.keys) for handle in self._executors()):
-                continue
-            for run in list(lane.waiting.values()):
-                self._finish(run, failure)
+        for run in self.lanes.stranded(keys):
+            self._finish(run, failure)
+
+    def _strike(self, handle: ExecutorHandle, run: Run) -> str:
+        """Remember what an executor died under; an end that this supervisor made proves nothing. For the message."""
+        if handle.was_killed:
+            return ""
+        strikes = self._quarantine.strike(run.fingerprint)
+        if strikes >= STRIKES:
+            log.error("%s is in quarantine: it killed %d executors", run.function, strikes, extra={"run_id": run.run_id})
+        return f", for the {strikes}. time with this payload" if strikes > 1 else ""
+
+    def _refuse(self, run_id: str, failure: Failure) -> None:
+        """Answer a run that was not accepted."""
+        log.info("run refused: %s", failure.detail, extra={"run_id": run_id})
+        self.outbox.put_result(0, encode_result(run_id, b"", failure))
 
     def _finish(self, run: Run, failure: Failure | None, output: bytes = b"") -> None:
         if not run.finish(failure):
@@ -404,16 +318,11 @@ class Dispatcher:
                 extra={"run_id": run.run_id, "executor": run.handle.name if run.handle else None},
             )  # fmt: skip
         del self._active[run.run_id], self._by_key[run.key]
+        self.lanes.remove(run)
         if run.handle is not None:
             run.handle.release(run)
-        else:
-            self._lanes[run.function, run.models].waiting.pop(run.key, None)
         if not self._active:
             self._idle.set()
-
-    def limit_of(self, info: FunctionInfo) -> int:
-        """How often the function may run at once on one executor; 0: as often as it comes."""
-        return info.max_concurrency or (self._limits.model_concurrency if info.injections else 0)
 
     # -- small questions ----------------------------------------------------------------------
 
@@ -438,15 +347,8 @@ class Dispatcher:
             return ()
         return self._residency.resolve(info, request.required_models, request.input_payload)
 
-    def _answer_load(self, model_id: str, failure: Failure | None) -> None:
-        for name in self._loads.pop(model_id, ()):
-            self.outbox.put_control(encode_load_result(name, _reason(failure)))
-
-    def _answer_unload(self, model_id: str, failure: Failure | None) -> None:
-        if failure is None and self._residency.holders(model_id):
-            return  # another executor still has it
-        for name in self._unloads.pop(model_id, ()):
-            self.outbox.put_control(encode_unload_result(name, _reason(failure)))
+    def _users_of(self, model_id: str) -> int:
+        return sum(any(used == model_id for _, used in run.models) for run in self._active.values())
 
     def _run_of(self, handle: ExecutorHandle, key: int) -> Run | None:
         """The run that `handle` speaks of, if it still has it."""
@@ -462,12 +364,3 @@ class Dispatcher:
 
 
 _CAUSES: Final[dict[CancelCause | None, str]] = {"timeout": "deadline", "canceled": "cancel", None: "end"}
-
-
-def _reason(failure: Failure | None) -> str:
-    """For a command's answer, where "" says that it succeeded."""
-    return "" if failure is None else failure.detail or failure.safe_message or failure.error_type
-
-
-def _load(handle: ExecutorHandle) -> tuple[int, int]:
-    return handle.load, handle.slot

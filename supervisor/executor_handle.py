@@ -90,6 +90,8 @@ class ExecutorHandle:
         self.versions: dict[str, str] = {}
         self.fatal: Fatal | None = None
         """What it said before it left, if it did."""
+        self.was_killed = False
+        """Whether this supervisor ended it, for a deadline, a cancel or its own end."""
         self.runs: dict[int, Run] = {}
         """The runs it has, by key."""
         self._threads = threads
@@ -139,6 +141,7 @@ class ExecutorHandle:
     def kill(self, reason: str) -> None:
         """End it now; its exit arrives as any other, with `reason` in its cause."""
         self.drain()
+        self.was_killed = True
         self._child.kill(reason)
 
     # -- its work -----------------------------------------------------------------------------

@@ -29,8 +29,8 @@ class Inbound:
         self._handlers: dict[str, Callable[[Any], None]] = {
             "run_request": dispatcher.submit,
             "interrupt_run_cmd": lambda command: dispatcher.cancel(command.run_id),
-            "load_model_cmd": lambda command: dispatcher.load_model(command.model_id),
-            "unload_model_cmd": lambda command: dispatcher.unload_model(command.model_id),
+            "load_model_cmd": lambda command: dispatcher.commands.load(command.model_id),
+            "unload_model_cmd": lambda command: dispatcher.commands.unload(command.model_id),
             "deployment_model_config": self._configure,
             "realtime_open_cmd": self._refuse_realtime,
         }

@@ -61,6 +61,11 @@ class _Retained(NamedTuple):
     sent_at: float
 
 
+def _fits(message: bytes, room: int, taken: Sequence[_Taken]) -> bool:
+    """A heartbeat waits until a batch is out, so what is larger than a batch goes alone."""
+    return len(message) <= room or not taken
+
+
 class Outbox:
     """See the module. `credit(key, size)` is called as a run's events go out."""
 
@@ -121,14 +126,14 @@ class Outbox:
             await self._wake.wait()
         room = BATCH_BYTES
         taken = self._taken
-        while self._urgent and room > 0 and len(taken) < BATCH_MESSAGES:
+        while self._urgent and len(taken) < BATCH_MESSAGES and _fits(self._urgent[0][0], room, taken):
             data, is_result = self._urgent.popleft()
             taken.append(_Taken(data, None, 0, is_result))
             room -= len(data)
         while self._turns and room > 0 and len(taken) < BATCH_MESSAGES:
             queue = self._turns.popleft()
             queue.queued = False
-            room -= self._take_turn(queue, min(room, TURN_BYTES))
+            room -= self._take_turn(queue, room)
         return [item.data for item in taken]
 
     async def flushed(self) -> None:
@@ -168,13 +173,14 @@ class Outbox:
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _take_turn(self, queue: _RunQueue, allowance: int) -> int:
-        used = 0
+    def _take_turn(self, queue: _RunQueue, room: int) -> int:
+        used, allowance = 0, min(room, TURN_BYTES)
         while queue.items and used < allowance and len(self._taken) < BATCH_MESSAGES:
             data, weight = queue.items.popleft()
             self._taken.append(_Taken(data, queue, weight, is_result=False))
             used += len(data)
-        if not queue.items and queue.result is not None and len(self._taken) < BATCH_MESSAGES:
+        result_is_next = queue.result is not None and not queue.items and len(self._taken) < BATCH_MESSAGES
+        if queue.result is not None and result_is_next and _fits(queue.result, room - used, self._taken):
             self._taken.append(_Taken(queue.result, queue, 0, is_result=True))
             used += len(queue.result)
             queue.result = None

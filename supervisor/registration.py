@@ -107,7 +107,7 @@ class Registration:
         for handle in ready:
             for name in handle.functions:
                 if name in functions:
-                    total[name] += self._dispatcher.limit_of(functions[name])
+                    total[name] += self._dispatcher.lanes.limit_of(functions[name])
         return {name: min(limit, INT32_MAX) for name, limit in total.items() if limit}
 
 

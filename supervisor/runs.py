@@ -42,7 +42,7 @@ class Run:
     """A run that was accepted. `key` names it on the pipe, `run_id` towards the scheduler."""
 
     __slots__ = (
-        "arrived", "cause", "function", "handle", "key", "models", "payload", "run_id",
+        "alone", "arrived", "cause", "fingerprint", "function", "handle", "key", "models", "payload", "run_id",
         "started", "state", "tenant_id", "timeout_ms", "timer", "user_id",
     )  # fmt: skip
 
@@ -72,6 +72,10 @@ class Run:
         self.state = RunState.QUEUED
         self.handle: ExecutorHandle | None = None
         self.cause: CancelCause | None = None
+        self.fingerprint = b""
+        """Names function and payload (quarantine.py)."""
+        self.alone = False
+        """Whether no other run may be on its executor with it."""
         self.timer: asyncio.TimerHandle | None = None
         """The deadline's while the run has one; after a cancel, the grace period's."""
 

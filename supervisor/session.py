@@ -28,6 +28,7 @@ from supervisor.auth import AuthError
 from supervisor.backoff import Lifetime, ReconnectSettings
 from supervisor.clock import Clock, SystemClock
 from supervisor.redial import Redial
+from supervisor.stream_end import StreamEnd, age, description, shown
 from supervisor.targets import MalformedRedirect, redirect_target
 from supervisor.transport import StatusCode, Stream, StreamClosed, StreamStatus, Transport
 
@@ -40,9 +41,6 @@ ANNOUNCE_GAP_S: Final = 0.02
 """Changes within this time share one heartbeat."""
 CLOSE_GRACE_S: Final = 2.0
 """How long a drained stream may take to be ended by the scheduler."""
-
-_REFUSALS: Final = (StatusCode.UNAUTHENTICATED, StatusCode.PERMISSION_DENIED)
-_MAX_SHOWN: Final = 400
 
 
 class Outgoing(Protocol):
@@ -99,23 +97,10 @@ class GaveUp(Exception):
     """MAX_RECONNECT_ATTEMPTS dials in a row failed. `target` and `status` are the last one's."""
 
     def __init__(self, failed_dials: int, target: str, status: StreamStatus) -> None:
-        super().__init__(f"gave up after {failed_dials} failed dials in a row; the last, to {target}: {_shown(status)}")
+        super().__init__(f"gave up after {failed_dials} failed dials in a row; the last, to {target}: {shown(status)}")
         self.failed_dials = failed_dials
         self.target = target
         self.status = status
-
-
-@dataclass(frozen=True, slots=True)
-class StreamEnd:
-    """How a dial, or the stream that it opened, ended."""
-
-    target: str
-    status: StreamStatus
-    life: Lifetime = field(default_factory=Lifetime)
-    epoch: int = 0
-    """0: there was no stream."""
-    dialed: bool = True
-    """False: there was no credential to dial with."""
 
 
 @dataclass(eq=False, slots=True)
@@ -336,42 +321,10 @@ class Session:
             except MalformedRedirect as error:
                 log.warning("%s redirects, but %s; the redirect is ignored", end.target, error)
             delay = self._redial.after(end.life, redirect)
-        level, what = _description(end, redirect)
+        level, what = description(end, redirect)
         log.log(level, "%s; next: %s in %.1f s", what, self._redial.target, delay)
         return delay
 
     def _log_stopped(self, end: StreamEnd) -> None:
         if end.epoch:
-            log.info("stream %d to %s is closed, %s: %s", end.epoch, end.target, _age(end.life), _shown(end.status))
-
-
-def _description(end: StreamEnd, redirect: str | None) -> tuple[int, str]:
-    """The level and the text of the line that says how a stream ended."""
-    status = _shown(end.status)
-    if not end.dialed:
-        return logging.WARNING, f"{end.target} is not dialed: {_one_line(end.status.details)}"
-    if end.status.code in _REFUSALS:
-        return logging.ERROR, (
-            f"{end.target} refused the token ({status}): check that AUTH_TOKEN, WORKER_JWT or AUTH_TOKEN_FILE "
-            "is current and meant for this scheduler, and that the scheduler has its issuer's keys"
-        )
-    if redirect is not None:
-        return logging.INFO, f"{end.target} is not the leader, {redirect} is said to be"
-    if not end.epoch:
-        return logging.WARNING, f"no stream to {end.target}: {status}"
-    level = logging.INFO if end.status.code is StatusCode.OK else logging.WARNING
-    return level, f"stream {end.epoch} to {end.target} ended, {_age(end.life)}: {status}"
-
-
-def _age(life: Lifetime) -> str:
-    if life.up_s is None:
-        return f"open for {life.open_s:.1f} s without an answer"
-    return f"up for {life.up_s:.1f} s"
-
-
-def _shown(status: StreamStatus) -> str:
-    return _one_line(str(status))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:_MAX_SHOWN]
+            log.info("stream %d to %s is closed, %s: %s", end.epoch, end.target, age(end.life), shown(end.status))

@@ -77,16 +77,24 @@ class Stream(Protocol):
         """
 
     async def send(self, messages: Sequence[bytes]) -> None:
-        """Hand messages over in order; waits while the scheduler reads too slowly.
+        """Hand messages over in order; waits while the scheduler reads too slowly. Other tasks get their turn.
 
-        Raises StreamClosed, with `accepted` set.
+        Raises StreamClosed, with `accepted` set; its status is the scheduler's if that ended the stream, also when a
+        message was under way. Canceled, it ends the stream, since nobody knows then what went out.
         """
 
     async def receive(self) -> Sequence[bytes]:
-        """At least one message, and all that are here. Raises StreamClosed at the end."""
+        """At least one message, and all that are here.
+
+        Raises StreamClosed once the stream has ended and all that came before was received.
+        """
 
     async def close(self, grace_s: float = 0.0) -> None:
-        """Half-close, wait up to grace_s for the scheduler's status, then cancel. Never raises."""
+        """Half-close, wait up to grace_s for the scheduler's status, then cancel. Never raises; may be called again.
+
+        What waits in `send`, `receive` or `established` ends with StreamClosed, and so does every later call, but for
+        `receive` while something is left to receive.
+        """
 
 
 class Transport(Protocol):
@@ -96,5 +104,6 @@ class Transport(Protocol):
         """Start a stream to `host:port`.
 
         Returns as soon as messages can be handed over, which does not mean that anyone answered.
-        Raises StreamClosed when the address can't be connected to within the connect timeout.
+        Raises StreamClosed when the address can't be connected to within the connect timeout, with a reason for the
+        operator, or when the scheduler has refused already. Canceled, it leaves nothing behind.
         """

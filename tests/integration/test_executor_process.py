@@ -457,12 +457,13 @@ def test_artifacts_are_injected_as_files(own: ExecutorProcess, model: LoadModel)
 
 @pytest.mark.parametrize("fault", ["directory", "type", "exit", "file"])
 def test_a_failed_load_says_what_and_why(own: ExecutorProcess, model: LoadModel, fault: str) -> None:
-    changed: dict[str, Any] = {
+    faults: dict[str, dict[str, Any]] = {
         "directory": {"root_dir": "/nonexistent"},
         "type": {"type_name": "no.Such"},
         "file": {"files": {}},
         "exit": {},
-    }[fault]
+    }
+    changed = faults[fault]
     if fault == "exit":
         Path(model.files["words"]).write_text("sys.exit")
     own.send(msgspec.structs.replace(model, **changed))

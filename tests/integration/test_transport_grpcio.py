@@ -202,9 +202,11 @@ async def test_the_schedulers_status_survives_a_send_that_is_under_way(make_tran
 
 async def test_send_after_the_end_accepts_nothing(make_transport: TransportFactory) -> None:
     async def refuse(dial: Dial) -> None:
+        await dial.read()
         await dial.abort(grpc.StatusCode.UNAUTHENTICATED, "who?")
 
     async with serving(refuse) as server, opened(make_transport(), server.address) as stream:
+        await stream.send([b"hello"])
         _, closed = await receive_all(stream)
         assert closed.status.code is StatusCode.UNAUTHENTICATED
         for _ in range(2):
@@ -250,11 +252,28 @@ async def test_established_returns_for_a_message_and_leaves_it_to_receive(make_t
         assert list(await stream.receive()) == [b"hello"]
 
 
+async def test_a_refusal_of_the_dial_keeps_its_status(make_transport: TransportFactory) -> None:
+    """Whether it comes out of `open`, or of the stream when that was quicker."""
+
+    async def refuse(dial: Dial) -> None:
+        await dial.abort(grpc.StatusCode.FAILED_PRECONDITION, "not_leader:10.0.0.1:80")
+
+    transport = make_transport()
+    async with serving(refuse) as server:
+        for _ in range(10):
+            with pytest.raises(StreamClosed) as caught:
+                async with opened(transport, server.address) as stream:
+                    await stream.established()
+            assert str(caught.value) == "FAILED_PRECONDITION: not_leader:10.0.0.1:80"
+
+
 async def test_established_raises_when_the_stream_ends_before(make_transport: TransportFactory) -> None:
     async def refuse(dial: Dial) -> None:
+        await dial.read()
         await dial.abort(grpc.StatusCode.PERMISSION_DENIED, "no")
 
     async with serving(refuse) as server, opened(make_transport(), server.address) as stream:
+        await stream.send([b"hello"])
         with pytest.raises(StreamClosed) as caught:
             await stream.established()
     assert str(caught.value) == "PERMISSION_DENIED: no"

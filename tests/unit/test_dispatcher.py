@@ -475,16 +475,16 @@ def answers(rig: Rig) -> list[tuple[str, str, str]]:
 async def test_load_command(models: MakeRig) -> None:
     rig = models(executors=2)
     rig.submit("p0", "plain")
-    rig.dispatcher.load_model("a")
+    rig.dispatcher.commands.load("a")
     first, second = rig.executors
     assert first.sent(LoadModel) == []
     assert [message.model_id for message in second.sent(LoadModel)] == [A], "the least loaded"
-    rig.dispatcher.load_model("org/a")
+    rig.dispatcher.commands.load("org/a")
     assert first.sent(LoadModel) == [], "it is under way"
     assert answers(rig) == []
     second.load_done(A)
     assert answers(rig) == [("load", "a", ""), ("load", "org/a", "")]
-    rig.dispatcher.load_model(A)
+    rig.dispatcher.commands.load(A)
     assert answers(rig) == [("load", A, "")]
     assert len(second.sent(LoadModel)) == 1
 
@@ -497,7 +497,7 @@ async def test_load_command_for_a_model_of_several_types(make: MakeRig) -> None:
     ]
     rig = make(functions, models=[A], labels=LABELS)
     (executor,) = rig.executors
-    rig.dispatcher.load_model("a")
+    rig.dispatcher.commands.load("a")
     assert [message.type_name for message in executor.sent(LoadModel)] == ["t.X", "t.Y"]
     executor.load_done(A, "t.X")
     assert answers(rig) == []
@@ -507,21 +507,21 @@ async def test_load_command_for_a_model_of_several_types(make: MakeRig) -> None:
 
 async def test_load_commands_that_can_not_succeed(models: MakeRig, make: MakeRig) -> None:
     rig = models()
-    rig.dispatcher.load_model("cozy:org/absent")
+    rig.dispatcher.commands.load("cozy:org/absent")
     ((kind, name, error),) = answers(rig)
     assert (kind, name) == ("load", "cozy:org/absent")
     assert "is not on this host" in error
-    rig.dispatcher.load_model("a")
+    rig.dispatcher.commands.load("a")
     rig.executors[0].say(ModelLoaded(A, "t.T", 0, 0.1, Failure("resource", "out of memory")))
     assert answers(rig) == [("load", "a", "out of memory")]
-    rig.dispatcher.load_model("a")
+    rig.dispatcher.commands.load("a")
     rig.executors[0].die()
     ((_, _, error),) = answers(rig)
     assert "killed by SIGKILL while it loaded cozy:org/a:latest" in error
-    rig.dispatcher.load_model("a")
+    rig.dispatcher.commands.load("a")
     assert answers(rig) == [("load", "a", "no executor is ready")]
     rig = make([function()], models=[A])
-    rig.dispatcher.load_model(A)
+    rig.dispatcher.commands.load(A)
     assert answers(rig) == [("load", A, "no function of this worker takes a model")]
 
 
@@ -530,8 +530,8 @@ async def test_unload_command(models: MakeRig) -> None:
     for executor in rig.executors:
         rig.residency.load(executor.handle, [(A, "t.T")])
         executor.load_done(A)
-    rig.dispatcher.unload_model("a")
-    rig.dispatcher.unload_model(A)
+    rig.dispatcher.commands.unload("a")
+    rig.dispatcher.commands.unload(A)
     first, second = rig.executors
     assert first.sent(UnloadModel) == second.sent(UnloadModel) == [UnloadModel(A)]
     first.say(ModelUnloaded(A, 1000))
@@ -539,7 +539,7 @@ async def test_unload_command(models: MakeRig) -> None:
     second.say(ModelUnloaded(A, 1000))
     assert answers(rig) == [("unload", "a", ""), ("unload", A, "")]
     assert rig.residency.hot_models() == []
-    rig.dispatcher.unload_model("a")
+    rig.dispatcher.commands.unload("a")
     assert answers(rig) == [("unload", "a", "")], "nothing to do"
 
 
@@ -547,13 +547,13 @@ async def test_unload_of_what_is_used_or_being_loaded(models: MakeRig) -> None:
     rig = models()
     (executor,) = rig.executors
     rig.submit("f0", "f")
-    rig.dispatcher.unload_model("a")
+    rig.dispatcher.commands.unload("a")
     assert answers(rig) == [("unload", "a", "in use by 1 runs")]
     rig.dispatcher.cancel("f0")
-    rig.dispatcher.unload_model("a")
+    rig.dispatcher.commands.unload("a")
     assert answers(rig) == [("unload", "a", "it is being loaded")]
     executor.load_done(A)
-    rig.dispatcher.unload_model("a")
+    rig.dispatcher.commands.unload("a")
     executor.say(ModelUnloaded(A, 0, Failure("internal", "internal error", "still used")))
     assert answers(rig) == [("unload", "a", "still used")]
     rig.submit("f1", "f")
@@ -562,7 +562,7 @@ async def test_unload_of_what_is_used_or_being_loaded(models: MakeRig) -> None:
 
 async def test_a_failure_without_words_is_still_a_failure(models: MakeRig) -> None:
     rig = models()
-    rig.dispatcher.load_model("a")
+    rig.dispatcher.commands.load("a")
     rig.executors[0].say(ModelLoaded(A, "t.T", 0, 0.1, Failure("internal", "")))
     assert answers(rig) == [("load", "a", "internal")]
 
@@ -570,11 +570,11 @@ async def test_a_failure_without_words_is_still_a_failure(models: MakeRig) -> No
 async def test_a_run_that_comes_during_an_unload_gets_the_model_again(models: MakeRig) -> None:
     rig = models()
     (executor,) = rig.executors
-    rig.dispatcher.load_model("a")
+    rig.dispatcher.commands.load("a")
     executor.load_done(A)
-    rig.dispatcher.unload_model("a")
+    rig.dispatcher.commands.unload("a")
     rig.submit("f0", "f")
-    rig.dispatcher.load_model("a")
+    rig.dispatcher.commands.load("a")
     assert executor.runs == [], "the model is on its way out"
     answers(rig)
     executor.say(ModelUnloaded(A, 1000))
@@ -587,9 +587,9 @@ async def test_a_run_that_comes_during_an_unload_gets_the_model_again(models: Ma
 async def test_the_only_executor_dies_during_an_unload(models: MakeRig) -> None:
     rig = models()
     (executor,) = rig.executors
-    rig.dispatcher.load_model("a")
+    rig.dispatcher.commands.load("a")
     executor.load_done(A)
-    rig.dispatcher.unload_model("a")
+    rig.dispatcher.commands.unload("a")
     answers(rig)
     executor.die()
     assert answers(rig) == [("unload", "a", "")], "it is out of memory for sure"
@@ -619,7 +619,7 @@ async def test_canceled_runs_are_kept_nowhere(make: MakeRig) -> None:
     for number in range(1, 100):
         rig.dispatcher.cancel(f"r{number}")
     assert rig.dispatcher.active == 1
-    assert [len(lane.waiting) for lane in rig.dispatcher._lanes.values()] == [0]
+    assert [len(lane.waiting) for lane in rig.dispatcher.lanes._lanes.values()] == [0]
 
 
 async def test_cancel_of_a_run_that_waits_for_its_model(models: MakeRig) -> None:
@@ -948,7 +948,9 @@ def idle_pairs(rig: Rig) -> Iterator[tuple[Executor, str]]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_every_accepted_run_gets_exactly_one_result(models: MakeRig, seed: int) -> None:
+async def test_every_accepted_run_gets_exactly_one_result(  # noqa: C901  (one function per kind of step)
+    models: MakeRig, seed: int
+) -> None:
     """A random life: submits, cancels, results, loads, failed loads, unloads and deaths in any order."""
     chance = random.Random(seed)
     rig = models(executors=2, threads=3, limits=limits(model_concurrency=2, cancel_grace_s=60))
@@ -978,7 +980,7 @@ async def test_every_accepted_run_gets_exactly_one_result(models: MakeRig, seed:
 
     def step_unload() -> None:
         model_id = chance.choice([A, B])
-        rig.dispatcher.unload_model(model_id)
+        rig.dispatcher.commands.unload(model_id)
         for executor in rig.residency.holders(model_id):
             each = next(each for each in rig.executors if each.handle is executor)
             if each.sent(UnloadModel):

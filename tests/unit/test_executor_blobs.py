@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from executor.blobs import Blobs
+from executor.blobs import Blobs, keeps_views
 from gen_worker.pipe.arena import BLOB_THRESHOLD_BYTES, ArenaError, ArenaReader, ArenaWriter, create_arena
 from gen_worker.pipe.messages import Blob, Free, Upward
 
@@ -32,12 +32,26 @@ def ends() -> Iterator[Ends]:
     made.reader.close()
 
 
+class Plain(msgspec.Struct):
+    data: bytes
+    parent: Plain | None = None
+
+
 class Holder(msgspec.Struct):
     data: memoryview
 
 
+class Nested(msgspec.Struct):
+    plain: Plain
+    by_name: dict[str, list[Holder] | None]
+
+
+class WithRaw(msgspec.Struct):
+    raw: msgspec.Raw
+
+
 def test_small_payloads_pass(ends: Ends) -> None:
-    assert ends.blobs.decode(b"abc", bytes) == b"abc"
+    assert ends.blobs.decode(b"abc", bytes, Plain) == b"abc"
     assert ends.blobs.store(b"abc") == b"abc"
     ends.blobs.discard(b"abc")
     assert ends.sent == []
@@ -45,23 +59,27 @@ def test_small_payloads_pass(ends: Ends) -> None:
 
 def test_a_blob_is_decoded_and_freed(ends: Ends) -> None:
     blob = ends.writer.put(BIG)
-    assert ends.blobs.decode(blob, bytes) == BIG
+    assert ends.blobs.decode(blob, bytes, Plain) == BIG
     assert ends.sent == [Free(blob.offset)]
 
 
 def test_a_blob_is_freed_when_it_does_not_decode(ends: Ends) -> None:
     blob = ends.writer.put(BIG)
     with pytest.raises(msgspec.DecodeError):
-        ends.blobs.decode(blob, msgspec.msgpack.Decoder(Holder).decode)
+        ends.blobs.decode(blob, msgspec.msgpack.Decoder(Holder).decode, Holder)
     assert ends.sent == [Free(blob.offset)]
 
 
 def test_a_view_into_a_blob_becomes_a_copy(ends: Ends) -> None:
     blob = ends.writer.put(msgspec.msgpack.encode({"data": BIG}))
-    decoded = ends.blobs.decode(blob, msgspec.msgpack.Decoder(Holder).decode)
+    decoded = ends.blobs.decode(blob, msgspec.msgpack.Decoder(Holder).decode, Holder)
     ends.writer.free(blob.offset)
     ends.writer.put(b"\x00" * blob.size)
     assert bytes(decoded.data) == BIG
+
+
+def test_which_types_look_into_their_bytes() -> None:
+    assert [keeps_views(kind) for kind in (Plain, Holder, Nested, WithRaw)] == [False, True, True, True]
 
 
 def test_an_output_is_stored_and_its_block_used_again(ends: Ends) -> None:

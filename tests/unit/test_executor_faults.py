@@ -68,7 +68,7 @@ class FakeCuda:
 def test_the_device_is_asked_about_a_suspicious_error(
     monkeypatch: pytest.MonkeyPatch, answer: Exception | None, expected: bool
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=FakeCuda(answer)))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=FakeCuda(answer)))
     assert is_poisoned(RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling cublasGemmEx")) is expected
 
 
@@ -82,7 +82,7 @@ def test_a_message_that_can_not_be_read_is_no_poison(caplog: pytest.LogCaptureFi
 
 
 def test_half_imported_torch_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
     assert initialized_cuda() is None
 
 

@@ -6,10 +6,11 @@ import gc
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from executor import gate as gate_module
 from executor.gate import Gate
 from gen_worker.errors import RunCanceled
 
@@ -57,7 +58,7 @@ def test_a_strike_ends_a_loop() -> None:
 
 def test_code_that_swallows_is_struck_again() -> None:
     gate, started = Gate(), threading.Event()
-    swallowed = []
+    swallowed: list[BaseException] = []
 
     def loop() -> str:
         started.set()
@@ -134,33 +135,65 @@ def test_after_a_strike_every_shield_refuses() -> None:
 
 
 @pytest.mark.usefixtures("eager_switches")
-@pytest.mark.parametrize("with_shields", [False, True])
-def test_a_strike_at_the_moment_of_the_return_never_leaks(with_shields: bool) -> None:
+def test_a_strike_that_began_before_the_return_stays_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latest that a strike can be: it has looked, then the function returns, then it raises."""
+    really_raise = gate_module._set_async_exc
+    for _ in range(50):
+        gate, return_now = Gate(), threading.Event()
+
+        def raise_late(thread: int, error: type, gate: Gate = gate, go: threading.Event = return_now) -> int:
+            go.set()
+            while not gate._left:
+                time.sleep(0)
+            return int(really_raise(thread, error))
+
+        monkeypatch.setattr(gate_module, "_set_async_exc", raise_late)
+        ended: list[object] = []
+
+        def run(gate: Gate = gate, go: threading.Event = return_now, ended: list[object] = ended) -> None:
+            ended.append(gate.call(go.wait)[0])
+            ended.append(sum(own_code() for _ in range(100)))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        while not return_now.is_set():
+            gate.strike()
+        thread.join(10)
+        assert ended == [True, 3000]
+
+
+def own_code() -> int:
+    """What runs between two runs: an exception in here is a leak."""
+    total = 0
+    for number in range(30):
+        total += len([number])
+    return total
+
+
+def shielded_work(gate: Gate) -> int:
+    total = 0
+    for number in range(20):
+        with gate.shielded():
+            total += number
+    return total
+
+
+def plain_work(_gate: Gate) -> int:
+    return sum(len([number]) for number in range(20))
+
+
+@pytest.mark.usefixtures("eager_switches")
+@pytest.mark.parametrize("tenant", [plain_work, shielded_work])
+def test_a_strike_at_the_moment_of_the_return_never_leaks(tenant: Callable[[Gate], int]) -> None:
     """Two pool threads finish short runs as fast as they can while a third strikes whatever runs."""
     current: dict[int, Gate] = {}
     leaks: list[BaseException] = []
     outcomes = {"returned": 0, "struck": 0}
-    end = time.monotonic() + 1.0
-
-    def tenant(gate: Gate) -> int:
-        total = 0
-        for number in range(20):
-            if with_shields:
-                with gate.shielded():
-                    total += number
-            total += number
-        return total
-
-    def own_code() -> int:
-        """What runs between two runs: an exception in here is a leak."""
-        total = 0
-        for number in range(30):
-            total += len([number])
-        return total
+    end = time.monotonic() + 20.0
 
     def pool_thread(slot: int) -> None:
         try:
-            while time.monotonic() < end:
+            while time.monotonic() < end and (outcomes["struck"] < 50 or outcomes["returned"] < 1000):
                 gate = Gate()
                 current[slot] = gate
                 _, error = gate.call(tenant, gate)
@@ -177,4 +210,4 @@ def test_a_strike_at_the_moment_of_the_return_never_leaks(with_shields: bool) ->
         for gate in list(current.values()):
             gate.strike()
     assert leaks == []
-    assert min(outcomes.values()) > 20, outcomes
+    assert outcomes["struck"] >= 50

@@ -22,7 +22,8 @@ class Pair:
         self.link = Link(mine.detach(), self.broken.append)
 
     def read(self, count: int) -> list[Upward]:
-        decoder, messages = FrameDecoder(), []
+        decoder = FrameDecoder()
+        messages: list[Upward] = []
         while len(messages) < count:
             messages += [decode_upward(body) for body in decoder.feed(self.other.recv(65536))]
         return messages

@@ -556,6 +556,7 @@ async def test_a_drop_frees_a_writer_that_the_worker_blocked(
 async def test_a_sender_that_gives_up_does_not_spoil_the_stream(
     orchestrator: MockOrchestrator, worker: FakeWorker
 ) -> None:
+    await orchestrator.workers["w1"].send_headers()  # so that nothing but the message itself is under way
     given_up = asyncio.create_task(orchestrator.run("greet", bytes(20 * MIB), run_id="large"))
     await _until_still(lambda: not given_up.done())
     given_up.cancel()
@@ -571,6 +572,7 @@ async def test_a_status_follows_what_the_worker_has_not_read_yet(
     orchestrator: MockOrchestrator, worker: FakeWorker
 ) -> None:
     connection = orchestrator.workers["w1"]
+    await connection.send_headers()
     writing = asyncio.create_task(connection.send_raw(bytes(20 * MIB)))
     await _until_still(lambda: not writing.done())
     connection.close(grpc.StatusCode.ABORTED, "enough")

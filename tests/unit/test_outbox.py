@@ -113,6 +113,20 @@ def test_a_large_message_goes_out_alone_but_goes_out(box: Box) -> None:
     assert box.take() == [b"small"]
 
 
+def test_a_large_message_never_rides_with_others(box: Box) -> None:
+    """A heartbeat waits for the batch."""
+    box.outbox.put_result(1, b"first")
+    box.outbox.put_result(2, b"x" * 10_000_000)
+    box.outbox.put_event(3, b"event", 10)
+    box.outbox.put_result(3, b"y" * 10_000_000)
+    sizes = []
+    while box.outbox.depth:
+        batch = box.take()
+        sizes.append([len(message) for message in batch])
+        box.outbox.accepted(len(batch))
+    assert sizes == [[5, 5], [10_000_000], [10_000_000]]
+
+
 def test_a_result_waits_for_events_that_are_being_handed_over(box: Box) -> None:
     box.outbox.put_event(1, b"e1", 10)
     assert box.take() == [b"e1"]
@@ -211,6 +225,21 @@ async def test_a_take_that_is_canceled_takes_nothing(box: Box) -> None:
         await task
     box.outbox.stream_closed()
     assert await asyncio.wait_for(box.outbox.take(), 5) == [b"r"]
+
+
+async def test_flushed_waits_until_all_is_handed_over(box: Box) -> None:
+    await asyncio.wait_for(box.outbox.flushed(), 5)
+    box.outbox.put_event(1, b"e", 10)
+    flushed = asyncio.ensure_future(box.outbox.flushed())
+    box.take()
+    box.outbox.put_result(1, b"r")
+    for done in (False, False, True):
+        box.outbox.accepted(int(done or box.credits == {}))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert flushed.done() is done
+        if not done:
+            assert box.take() == [b"r"]
 
 
 # -- results until they are known delivered -----------------------------------------------------

@@ -1,0 +1,21 @@
+"""Shows the logs of the workers that live when a test fails."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from tests.support.worker_process import WorkerProcess
+
+SHOWN_LINES = 200
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    report = yield
+    if report.failed:
+        for worker in WorkerProcess.living:
+            report.sections.append((f"log of worker {worker.pid}", "\n".join(worker.log[-SHOWN_LINES:])))
+    return report
