@@ -21,7 +21,7 @@ from executor.blobs import Blobs
 from executor.boot import BootError, load_functions, ready
 from executor.link import Link
 from executor.models import ModelStore
-from executor.process import Departure, ExitCode, buffer_by_line, die_with_parent, say
+from executor.process import Departure, ExitCode, buffer_by_line, die_with_parent, forbid_new_privileges, say
 from executor.runner import Limits, Runner
 from executor.service import Service
 from gen_worker.pipe.arena import ArenaError, ArenaReader, ArenaWriter
@@ -110,6 +110,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     arguments = parser.parse_args()
     die_with_parent(arguments.parent_pid)
+    forbid_new_privileges()
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no KeyboardInterrupt in the midst of the event loop
     buffer_by_line()

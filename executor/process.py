@@ -33,8 +33,9 @@ FLUSH_S: Final = 1.0
 ATEXIT_S: Final = 1.0
 """For the tenant's atexit handlers, and for the event loop to stop before them."""
 
+# linux/prctl.h
 _PR_SET_PDEATHSIG: Final = 1
-"""linux/prctl.h."""
+_PR_SET_NO_NEW_PRIVS: Final = 38
 _SIGKILL: Final = 9
 
 
@@ -49,10 +50,19 @@ class ExitCode(IntEnum):
 
 def die_with_parent(parent_pid: int) -> None:
     """Have the kernel kill this process when its parent dies. Raises OSError; leaves when that has happened already."""
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    _prctl(_PR_SET_PDEATHSIG, _SIGKILL)  # after any change of the user, which would clear it
     if os.getppid() != parent_pid:
         os._exit(ExitCode.PIPE_CLOSED)
+
+
+def forbid_new_privileges() -> None:
+    """No program that tenant code starts gains rights by its setuid bit. Raises OSError."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
 
 
 def buffer_by_line() -> None:

@@ -27,6 +27,8 @@ from typing import Final, cast
 
 from gen_worker.pipe.arena import ArenaReader, ArenaWriter, create_arena
 from gen_worker.pipe.frames import FrameDecoder, FrameError, encode_frame
+from supervisor.executor_user import ExecutorUser
+from supervisor.family import FAMILY, MARK
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +94,11 @@ class Child(asyncio.BufferedProtocol):
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
         """The end of its stderr (and stdout, in order of arrival)."""
 
-    async def spawn(self, module: str, arguments: list[str], env: Mapping[str, str], cwd: str) -> None:
-        """Start `python -P -m module`. Raises OSError when the process can't be started."""
+    async def spawn(
+        self, module: str, arguments: list[str], env: Mapping[str, str], cwd: str, user: ExecutorUser | None = None
+    ) -> None:
+        """Start `python -P -m module`, as `user` if there is one. Raises OSError when the process can't be started."""
+        mark = FAMILY.new_mark()
         with ExitStack() as ours, ExitStack() as theirs:
             near, far = multiprocessing.Pipe(duplex=True)
             theirs.enter_context(near)  # sockets of its own below stand for it
@@ -108,17 +113,24 @@ class Child(asyncio.BufferedProtocol):
                 connection.setsockopt(socket.SOL_SOCKET, option, PIPE_BUFFER_BYTES)
             # The transport closes its socket when the pipe ends; what the child wrote is still read from this one.
             self._last_words = ours.enter_context(connection.dup())
+            if user is not None:
+                for fd in (stdout_write, stderr_write):
+                    os.fchown(fd, user.uid, user.gid)  # so that it can open /dev/stderr too
             self._process = subprocess.Popen(  # noqa: S603, ASYNC220  (our own module; only this thread may start it)
                 [sys.executable, "-P", "-m", module, *fds, "--parent-pid", str(os.getpid()), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout_write,
                 stderr=stderr_write,
                 pass_fds=(far.fileno(), down, up),
-                env=dict(env),
+                env={**env, MARK: mark},
                 cwd=cwd,
                 start_new_session=True,
+                user=None if user is None else user.uid,
+                group=None if user is None else user.gid,
+                extra_groups=None if user is None else user.groups,
             )
             self.pid = self._process.pid
+            FAMILY.claim(self.pid, mark)
             ours.callback(self._undo_start)
             self._pidfd = _closed_by(ours, os.pidfd_open(self.pid))
             self._loop.add_reader(self._pidfd, self._on_pidfd)
@@ -147,6 +159,7 @@ class Child(asyncio.BufferedProtocol):
     def _undo_start(self) -> None:
         self._signal_group(signal.SIGKILL)
         self._process.wait()
+        FAMILY.disclaim(self.pid)
 
     # -- towards the child --------------------------------------------------------------------
 
@@ -233,6 +246,7 @@ class Child(asyncio.BufferedProtocol):
         # What it started must not outlive it; before the wait below, while its number can't name another group.
         self._signal_group(signal.SIGKILL)
         returncode = self._process.wait()
+        FAMILY.disclaim(self.pid)
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         try:

@@ -5,6 +5,7 @@ Owns: the environment itself; no other module reads it. What the variables are s
 1. `process_environment()` copies the environment; `load_settings` parses it, or raises ConfigError with one line.
 2. `unknown_variables` finds likely typing errors, for a warning in the log.
 3. `child_environment` is what an executor inherits: everything but the secrets.
+4. `forget_secrets` takes them out of this process's own environment too, of which /proc shows the first copy.
 
 A variable that is empty counts as unset, except where empty itself means something.
 """
@@ -18,6 +19,7 @@ import socket
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from supervisor.config_parse import Invalid, LocalModel, split_address
+from supervisor.environ_block import overwrite_values
 from supervisor.exit_codes import ExitCode
 from supervisor.settings import DEFAULT_MANIFESTS, VARIABLES, Settings, Variable, shortened
 
@@ -30,6 +32,7 @@ __all__ = [
     "LocalModel",
     "Settings",
     "child_environment",
+    "forget_secrets",
     "load_settings",
     "process_environment",
     "secrets",
@@ -91,6 +94,14 @@ def child_environment(environ: Mapping[str, str], settings: Settings) -> dict[st
         for name, value in environ.items()
         if name not in withheld and not any(secret in value for secret in values)
     }
+
+
+def forget_secrets(environ: Mapping[str, str], settings: Settings) -> None:
+    """Take what executors must not see out of this process's environment and of /proc. Raises OSError."""
+    withheld = environ.keys() - child_environment(environ, settings).keys()
+    for name in withheld:
+        os.environ.pop(name, None)
+    overwrite_values(withheld)
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:

@@ -43,6 +43,7 @@ from gen_worker.pipe.messages import Run as RunMessage
 from gen_worker.wire import TRANSPORT_LIMIT_BYTES
 from supervisor.child import Child, ExitCause
 from supervisor.devices import Device
+from supervisor.executor_user import ExecutorUser
 from supervisor.runs import Run, invalid
 
 log = logging.getLogger(__name__)
@@ -122,9 +123,9 @@ class ExecutorHandle:
 
     # -- its life -----------------------------------------------------------------------------
 
-    async def start(self, init: Init, env: Mapping[str, str]) -> None:
-        """Start the process. Raises OSError when it can't be started."""
-        await self._child.spawn("executor", [], env, init.project_root)
+    async def start(self, init: Init, env: Mapping[str, str], user: ExecutorUser | None = None) -> None:
+        """Start the process, as `user` if there is one. Raises OSError when it can't be started."""
+        await self._child.spawn("executor", [], env, init.project_root, user)
         log.info("executor %s started: pid %d on %s", self.name, self.pid, self.device.name or "the CPU")
         self._send(init)
 

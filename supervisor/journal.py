@@ -20,7 +20,6 @@ this module's business (the scheduler sees the worker vanish and runs its tasks 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -63,9 +62,26 @@ class _Arrived:
 class _Segment:
     path: Path
     fd: int
-    size: int
+    size: int = 0
     alive: int = 0
     """Results that are to be found here."""
+
+    def append(self, record: Sequence[bytes]) -> int:
+        """Write a record, given in pieces, behind what is here. Returns its size."""
+        end = self.size
+        try:
+            for piece in record:
+                view = memoryview(piece)
+                while view:
+                    written = os.pwrite(self.fd, view, end)
+                    view = view[written:]
+                    end += written
+        except OSError:
+            os.ftruncate(self.fd, self.size)
+            raise
+        size = end - self.size
+        self.size = end
+        return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,33 +210,19 @@ class Journal:
         if not self._segments or self._segments[-1].size >= SEGMENT_BYTES:
             self._roll()
         segment = self._segments[-1]
-        end = segment.size
-        try:
-            for piece in record:
-                view = memoryview(piece)
-                while view:
-                    written = os.pwrite(segment.fd, view, end)
-                    view = view[written:]
-                    end += written
-        except OSError:
-            os.ftruncate(segment.fd, segment.size)
-            raise
-        place = _Place(segment, segment.size, end - segment.size)
-        segment.size = end
-        return place
+        return _Place(segment, segment.size, segment.append(record))
 
     def _roll(self) -> None:
         path = self.directory / f"{self._number + 1:08}{_SUFFIX}"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        segment = _Segment(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
         try:
-            if os.pwrite(fd, MAGIC, 0) != len(MAGIC):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            segment.append([MAGIC])
         except OSError:
-            os.close(fd)
+            os.close(segment.fd)
             path.unlink()
             raise
         self._number += 1
-        self._segments.append(_Segment(path, fd, len(MAGIC)))
+        self._segments.append(segment)
 
     def _clear(self) -> None:
         """Nothing is needed any more: back to one segment without records."""
@@ -251,10 +253,17 @@ class Journal:
         self._drop_oldest()
 
     def _replay(self, path: Path) -> None:
+        self._number = int(path.stem)
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        if (start := os.pread(fd, len(MAGIC), 0)) != MAGIC:
+            os.close(fd)
+            if MAGIC.startswith(start):
+                path.unlink()  # the death came right after it was made
+            else:
+                log.warning("%s is no segment of a journal: it is left alone", path)
+            return
         segment = _Segment(path, fd, len(MAGIC))
         self._segments.append(segment)
-        self._number = int(path.stem)
         for offset, size, body in _records(fd):
             segment.size = offset + size
             if isinstance(body, _Kept):
@@ -322,8 +331,6 @@ def _checked(record: bytes) -> _Kept | _Arrived | None:
 def _records(fd: int) -> Iterator[tuple[int, int, _Kept | _Arrived]]:
     """Offset, size and content of each whole record of a segment, up to the first that is none."""
     end = os.fstat(fd).st_size
-    if os.pread(fd, len(MAGIC), 0) != MAGIC:
-        return
     offset = len(MAGIC)
     while end - offset >= _PREFIX.size:
         length, _ = _PREFIX.unpack(os.pread(fd, _PREFIX.size, offset))

@@ -18,6 +18,7 @@ from gen_worker.pipe.messages import Init
 from supervisor.child import ExitCause
 from supervisor.devices import Device
 from supervisor.executor_handle import ExecutorHandle, HandleEvents, HandleState
+from supervisor.executor_user import ExecutorUser
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +67,18 @@ class Pool:
         threads: int,
         events: HandleEvents,
         on_all_closed: Callable[[], None],
+        user: ExecutorUser | None = None,
+        explain: Callable[[ExitCause], ExitCause] = lambda cause: cause,
     ) -> None:
+        """`user` is whom executors run as; `explain` may know more of why one died."""
         self._slots = [_Slot(number, device) for number, device in enumerate(devices)]
         self._init = init
         self._env = env
         self._threads = threads
         self._events = events
         self._on_all_closed = on_all_closed
+        self._user = user
+        self._explain = explain
         self._loop = asyncio.get_running_loop()
         self._spawning: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -145,7 +151,7 @@ class Pool:
         slot.started_at = self._loop.time()
         slot.handle = handle
         try:
-            await handle.start(self._init(slot.number, slot.device), self._env(slot.device))
+            await handle.start(self._init(slot.number, slot.device), self._env(slot.device), self._user)
         except (OSError, ValueError) as error:  # ValueError: what can't be in an environment
             log.error("executor %s can't be started: %s", handle.name, error)
             slot.handle = None
@@ -194,6 +200,7 @@ class _SlotEvents:
         self.model_unloaded = events.model_unloaded
 
     def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None:
+        cause = self._pool._explain(cause)  # noqa: SLF001
         # The runs are answered first; only then is the slot free for its next executor.
         self._pool._events.executor_died(handle, cause)  # noqa: SLF001
         self._pool._died(self._slot, handle, cause)  # noqa: SLF001

@@ -17,8 +17,11 @@ from supervisor.auth import Auth, AuthError
 from supervisor.config import child_environment
 from supervisor.devices import Device, open_probe
 from supervisor.dispatcher import Dispatcher
+from supervisor.executor_place import ExecutorPlace
 from supervisor.exit_codes import ExitCode
+from supervisor.family import FAMILY
 from supervisor.inbound import Inbound
+from supervisor.oom import OomWatch, find_counter
 from supervisor.pool import Pool
 from supervisor.registration import Registration
 from supervisor.residency import Residency
@@ -45,11 +48,14 @@ class Worker:
         settings: Settings,
         environ: Mapping[str, str],
         tenant: Tenant,
+        place: ExecutorPlace,
         conceal: Callable[[Iterable[str]], None],
     ) -> None:
         """`conceal` is told the secrets that turn up later. Raises DeviceError when the GPUs asked for are not there."""
         self._settings = settings
-        self._environ = child_environment(environ, settings)
+        self._environ = place.inherited(child_environment(environ, settings))
+        self._run_dir = str(place.run_dir)
+        self._oom = OomWatch(find_counter())
         self._project_root = str(Path.cwd())
         self._modules = tenant.modules
         self._residency = Residency(tenant.models, settings.model_artifacts)
@@ -75,6 +81,8 @@ class Worker:
             threads=settings.executor_threads,
             events=self._dispatcher,
             on_all_closed=lambda: self._events.put_nowait("all executors are down"),
+            user=place.user,
+            explain=self._oom.explain,
         )
         registration = Registration(settings, self._pool, self._dispatcher, self._residency, self._probe)
         self._session = Session(
@@ -95,6 +103,8 @@ class Worker:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        FAMILY.follow(loop)
+        self._oom.start(loop)
         self._pool.start()
         session = loop.create_task(self._serve())
         session.add_done_callback(lambda _: self._events.put_nowait("the session ended"))
@@ -105,6 +115,8 @@ class Worker:
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+            self._oom.stop()
+            FAMILY.unfollow()
         return self._exit_code(session)
 
     async def _serve(self) -> None:
@@ -169,7 +181,7 @@ class Worker:
             device=device.torch_device,
             modules=tuple(self._modules),
             project_root=self._project_root,
-            run_dir=str(settings.run_dir),
+            run_dir=self._run_dir,
             threads=settings.executor_threads,
             cancel_grace_s=settings.cancel_grace_seconds,
             max_output_bytes=settings.max_output_bytes,

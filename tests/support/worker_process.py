@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
-from weakref import WeakSet
 
 import psutil
 
@@ -34,7 +33,7 @@ _POLL_S: Final = 0.005
 class WorkerProcess:
     """Started by `async with`; what is left of it at the end is killed."""
 
-    living: ClassVar[WeakSet[WorkerProcess]] = WeakSet()
+    known: ClassVar[list[WorkerProcess]] = []
     """Those whose log a failing test may want to show (tests/integration/conftest.py)."""
 
     def __init__(
@@ -85,7 +84,7 @@ class WorkerProcess:
             limit=_LINE_BYTES,
         )
         self._reader = asyncio.create_task(self._read())
-        self.living.add(self)
+        self.known.append(self)
 
     async def _read(self) -> None:
         assert self.process.stdout is not None
@@ -133,7 +132,6 @@ class WorkerProcess:
             self.process.kill()
             await self.process.wait()
         await self._reader
-        self.living.discard(self)
 
 
 @dataclass(frozen=True)

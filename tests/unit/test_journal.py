@@ -72,7 +72,9 @@ def test_others_can_not_read_it(tmp_path: Path) -> None:
     journal = Journal.create(tmp_path / "new" / "parent", "worker")
     journal.keep(1, b"r")
     (segment,) = journal.directory.iterdir()
-    assert [path.stat().st_mode & 0o077 for path in (segment, journal.directory, tmp_path / "new" / "parent")] == [0] * 3
+    assert [path.stat().st_mode & 0o077 for path in (segment, journal.directory, tmp_path / "new" / "parent")] == [
+        0
+    ] * 3
     die(journal)
 
 
@@ -116,6 +118,7 @@ def test_foreign_files_are_no_results_and_are_not_lost(tmp_path: Path, foreign: 
     assert contents(again) == {1: b"r"}
     again.forget([1])
     again.close()
+    assert (journal.directory / foreign).read_bytes() == b"something else"
 
 
 @pytest.mark.usefixtures("small_segments")
@@ -252,11 +255,15 @@ def test_a_death_at_any_byte(steps: list[tuple[bool, int, bytes]], disguised: bo
                 del expected[which]
                 journal.forget([which])
             states.append((journal.size, dict(expected)))
+
+        def before(cut: int) -> dict[int, bytes]:
+            return next((state for size, state in reversed(states) if size <= cut), {})
+
         (segment,) = journal.directory.iterdir()
         whole = segment.read_bytes()
         assert len(whole) == states[-1][0]
         for cut in range(len(whole) + 1):
-            check_cut(journal.directory, segment, whole[:cut], next(s for size, s in reversed(states) if size <= max(cut, 8)))
+            check_cut(journal.directory, segment, whole[:cut], before(cut))
         die(journal)
 
 
@@ -371,5 +378,3 @@ class JournalMachine(RuleBasedStateMachine):
 
 TestJournalMachine = JournalMachine.TestCase
 TestJournalMachine.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
-
-
