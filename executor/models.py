@@ -112,8 +112,9 @@ class ModelStore:
         if type_ is None:
             known = ", ".join(sorted(self._types)) or "nothing"
             raise LookupError(f"no function injects {message.type_name}; injected here: {known}")
-        files = {key: Path(path) for key, path in message.files.items()}
-        artifacts = ModelArtifacts(message.model_id, Path(message.root_dir), files, message.metadata)
+        root = Path(message.root_dir)
+        files = {key: root / path for key, path in message.files.items()}  # an absolute path stays what it is
+        artifacts = ModelArtifacts(message.model_id, root, files, message.metadata)
         return load_object(type_, artifacts, self._device)
 
     def _load_failed(self, message: LoadModel, error: BaseException, seconds: float) -> ModelLoaded:

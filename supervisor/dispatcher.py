@@ -10,6 +10,7 @@ Owns: every active run from its request to its one result.
 4. A deadline or a cancel asks the executor first (CANCELING); when it has not ended within the grace time, the
    executor is killed. An executor is never killed for being busy.
 5. When an executor dies, each of its runs is answered, once.
+6. What waits is counted in `backlog`, which bounds it.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from typing import TYPE_CHECKING, Final
 from gen_worker.pipe.frames import FrameError
 from gen_worker.pipe.messages import CancelCause, Event, Failure, FunctionInfo, ModelLoaded, ModelUnloaded, Result
 from supervisor import runs
+from supervisor.backlog import Backlog
 from supervisor.child import ExitCause
 from supervisor.executor_handle import ExecutorHandle
 from supervisor.lanes import Lanes
 from supervisor.model_commands import ModelCommands
-from supervisor.outbox import Outbox
+from supervisor.outbox import Keeper, Outbox
 from supervisor.quarantine import STRIKES, Quarantine, fingerprint
 from supervisor.residency import ModelKey, ModelRefused, Models, Residency
 from supervisor.runs import Run, RunState
@@ -70,13 +72,15 @@ class Dispatcher:
         residency: Residency,
         executors: Callable[[], Sequence[ExecutorHandle]],
         changed: Callable[[], None],
+        keeper: Keeper | None = None,
     ) -> None:
         self._limits = limits
         self._residency = residency
         self._executors = executors
         self._changed = changed
         self._loop = asyncio.get_running_loop()
-        self.outbox = Outbox(self._credit, self._loop.time)
+        self.backlog = Backlog(self._loop.time)
+        self.outbox = Outbox(self._credit, self._loop.time, self.backlog, keeper)
         self.functions: dict[str, FunctionInfo] = {}
         """What this worker serves, as the executors said when they got ready."""
         self._active: dict[str, Run] = {}
@@ -131,6 +135,7 @@ class Dispatcher:
             run.timer = self._loop.call_later(run.timeout_ms / 1000, self._cancel, run, "timeout")
         run.fingerprint = request_print
         run.alone = self._quarantine.is_suspect(request_print)
+        self.backlog.run_waits(len(run.payload))
         self.lanes.add(run, info)
 
     def cancel(self, run_id: str) -> None:
@@ -255,6 +260,7 @@ class Dispatcher:
         payload = run.payload
         if not run.start(handle, self._loop.time()):
             return
+        self.backlog.run_left(len(payload))
         deadline = 0.0
         if run.timeout_ms:
             deadline = time.time() + run.timeout_ms / 1000 - (run.started - run.arrived)
@@ -309,8 +315,11 @@ class Dispatcher:
         self.outbox.put_result(0, encode_result(run_id, b"", failure))
 
     def _finish(self, run: Run, failure: Failure | None, output: bytes = b"") -> None:
+        waiting_bytes = len(run.payload)
         if not run.finish(failure):
             return
+        if run.handle is None:
+            self.backlog.run_left(waiting_bytes)
         self.outbox.put_result(run.key, encode_result(run.run_id, output, failure))
         if failure is not None:
             log.info(
@@ -338,8 +347,13 @@ class Dispatcher:
         if limit and len(request.input_payload) > limit:
             size = len(request.input_payload)
             return runs.invalid("input too large", f"input of {size} bytes is over WORKER_MAX_INPUT_BYTES={limit}")
+        return self._overload()
+
+    def _overload(self) -> Failure | None:
         if self._limits.max_concurrency and len(self._active) >= self._limits.max_concurrency:
             return runs.busy(f"{len(self._active)} runs are active, WORKER_MAX_CONCURRENCY allows no more")
+        if self.backlog.refuses:
+            return runs.busy("too much waits already, and none of it gets on")
         return None
 
     def _models(self, info: FunctionInfo, request: pb.TaskExecutionRequest) -> Models:

@@ -1,7 +1,7 @@
 """The strings that this process was started with, where /proc/<pid>/environ shows them to others.
 
-Owns: nothing; the kernel laid the block out at exec and reads it again for whoever looks. Unsetting a variable only takes
-its pointer out of libc's list, the string stays; so values are overwritten in place.
+Owns: nothing; the kernel laid the block out at exec and reads it again for whoever looks. Unsetting a variable only
+takes its pointer out of libc's list, the string stays; so values are overwritten in place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _AFTER_NAME: Final = 3
 
 
 def overwrite_values(names: Iterable[str]) -> None:
-    """Overwrite the values of these variables with zeros. Raises OSError when the kernel does not say where they are."""
+    """Overwrite the values of these variables with zeros. Raises OSError when the kernel hides where they are."""
     wanted = {os.fsencode(name) for name in names}
     start, end = _place()
     position = start

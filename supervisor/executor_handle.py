@@ -44,14 +44,16 @@ from gen_worker.wire import TRANSPORT_LIMIT_BYTES
 from supervisor.child import Child, ExitCause
 from supervisor.devices import Device
 from supervisor.executor_user import ExecutorUser
+from supervisor.output_log import OutputLog
 from supervisor.runs import Run, invalid
 
 log = logging.getLogger(__name__)
-executor_log = logging.getLogger("executor")
 
 
 LEAVE_S: Final = 5.0
 """An executor that said that it leaves (Fatal) has this long; a driver in disorder can hold a process up."""
+LOOP_RUNS: Final = 8192
+"""Runs of async functions at once, far more than one event loop serves well; the rest waits in the supervisor."""
 OUTPUT_CAP_BYTES: Final = TRANSPORT_LIMIT_BYTES - 1024 * 1024
 """No stream takes a larger result, so one that was let through would break every stream it is sent on."""
 
@@ -99,13 +101,13 @@ class ExecutorHandle:
         self._thread_runs = 0
         self._running: Counter[str] = Counter()
         self._events = events
+        self._output = OutputLog(self.name)
         self._child = Child(
             on_frame=self._on_frame,
-            on_line=self._on_line,
+            on_line=self._output.line,
             on_writable=lambda: events.executor_writable(self),
             on_exit=self._on_exit,
         )
-        self._log_extra = {"executor": self.name}
 
     @property
     def name(self) -> str:
@@ -154,7 +156,9 @@ class ExecutorHandle:
         info = self.functions.get(function)
         if info is None or (limit and self._running[function] >= limit):
             return False
-        return self._thread_runs < self._threads or not _takes_thread(info)
+        if _takes_thread(info):
+            return self._thread_runs < self._threads
+        return len(self.runs) - self._thread_runs < LOOP_RUNS
 
     def send_run(self, run: Run, payload: bytes, deadline: float, window: int) -> None:
         """Give it a run.
@@ -263,13 +267,11 @@ class ExecutorHandle:
         self.state = HandleState.READY
         self._events.executor_ready(self)
 
-    def _on_line(self, stream: str, line: str) -> None:
-        executor_log.info("%s", line, extra={**self._log_extra, "stream": stream})
-
     def _on_exit(self, cause: ExitCause) -> None:
         if self.state is HandleState.DEAD:
             return
         self.state = HandleState.DEAD
+        self._output.say_left_out()
         self._events.executor_died(self, cause)
 
 

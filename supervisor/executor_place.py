@@ -2,10 +2,11 @@
 
 Owns: WORKER_EXECUTOR_UID and WORKER_EXECUTOR_GID, and the directory in WORKER_RUN_DIR that executors get.
 
-1. The user: its group is WORKER_EXECUTOR_GID, else the one that the user database names, else the number of the user.
-   Its further groups are those of the user database (devices often belong to `video` or `render`), never the supervisor's.
-2. WORKER_RUN_DIR belongs to the supervisor. In it each user that executors run as has a directory `uid-N` of its own, with mode
-   0700: executors can't exchange what the supervisor walks through.
+1. The user: its group is WORKER_EXECUTOR_GID, else the one that the user database names, else the user's number.
+   Its further groups are those of the user database (devices often belong to `video` or `render`), never the
+   supervisor's.
+2. WORKER_RUN_DIR belongs to the supervisor. In it each user that executors run as has a directory `uid-N` of its own,
+   with mode 0700: executors can't exchange what the supervisor walks through.
 3. HOME is the user's home when it has one that it owns, else a directory in `uid-N`.
 
 All of it is tried before anything starts: what does not work is a ConfigError.
@@ -19,7 +20,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -58,14 +59,14 @@ def prepare_place(settings: Settings, project_root: Path) -> ExecutorPlace:
     uid, gid = (os.geteuid(), os.getegid()) if user is None else (user.uid, user.gid)
     run_dir = settings.run_dir / f"uid-{uid}"
     try:
-        with _run_dir(settings.run_dir, shared=user is not None) as parent:
-            with _subdirectory(parent, run_dir.name, uid, gid) as own:
-                if user is None:
-                    return ExecutorPlace(run_dir)
-                home = user.home or run_dir / "home"
-                if user.home is None:
-                    with _subdirectory(own, home.name, uid, gid):
-                        pass
+        with ExitStack() as stack:
+            parent = stack.enter_context(_run_dir(settings.run_dir, shared=user is not None))
+            own = stack.enter_context(_subdirectory(parent, run_dir.name, uid, gid))
+            if user is None:
+                return ExecutorPlace(run_dir)
+            home = user.home or run_dir / "home"
+            if user.home is None:
+                stack.enter_context(_subdirectory(own, home.name, uid, gid))
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ConfigError(f"WORKER_RUN_DIR is {settings.run_dir}, which can't be used: {reason}") from None
@@ -78,14 +79,14 @@ def _find_user(settings: Settings) -> ExecutorUser | None:
     uid, gid = settings.executor_uid, settings.executor_gid
     if uid is None:
         if gid is not None:
-            raise ConfigError(f"WORKER_EXECUTOR_GID is {gid} without WORKER_EXECUTOR_UID; expected both, or the UID alone")
+            raise ConfigError(f"WORKER_EXECUTOR_GID is {gid} without WORKER_EXECUTOR_UID; expected both, or the latter")
         return None
     if uid == os.geteuid():
         raise ConfigError(f"WORKER_EXECUTOR_UID is {uid}, the supervisor's own user; expected another, or none")
     missing = _missing_capabilities()
     if missing:
-        may_not = f"runs as uid {os.geteuid()} without {', '.join(missing)}"
-        raise ConfigError(f"WORKER_EXECUTOR_UID is {uid}, but the supervisor {may_not}; expected it to be started as root")
+        who = f"the supervisor runs as uid {os.geteuid()} without {', '.join(missing)}"
+        raise ConfigError(f"WORKER_EXECUTOR_UID is {uid}, but {who}; expected it to be started as root")
     try:
         entry = pwd.getpwuid(uid)
     except KeyError:
@@ -130,10 +131,8 @@ def _run_dir(path: Path, *, shared: bool) -> Iterator[int]:
 @contextmanager
 def _subdirectory(parent: int, name: str, uid: int, gid: int) -> Iterator[int]:
     """A descriptor of a directory that belongs to this user alone. Raises OSError."""
-    try:
+    with suppress(FileExistsError):
         os.mkdir(name, 0o700, dir_fd=parent)
-    except FileExistsError:
-        pass
     with _opened(name, parent) as fd:
         if os.fstat(fd).st_uid != uid:
             os.fchown(fd, uid, gid)

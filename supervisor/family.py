@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 MARK: Final = "GEN_WORKER_EXECUTOR"
 """The variable that carries the mark."""
+_ENTRY: Final = f"{MARK}=".encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +47,21 @@ class Family:
         self._numbers = itertools.count()
         self._own: dict[int, str] = {}
         self._earlier: frozenset[int] = frozenset()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._adopts = False
 
     def adopt(self) -> None:
         """Become the parent of orphans. Children that are here already came with an exec. Raises OSError."""
         self._earlier = frozenset(child.pid for child in _children())
         become_subreaper()
+        self._adopts = True
 
     def follow(self, loop: asyncio.AbstractEventLoop) -> None:
         """Sweep at every SIGCHLD from now on."""
-        self._loop = loop
-        loop.add_signal_handler(signal.SIGCHLD, self.sweep)
+        # Not by the loop: uvloop keeps this signal for itself, though it starts no process here. It wakes up anyway.
+        signal.signal(signal.SIGCHLD, lambda *_: loop.call_soon_threadsafe(self.sweep))
 
     def unfollow(self) -> None:
-        if self._loop is not None:
-            self._loop.remove_signal_handler(signal.SIGCHLD)
-            self._loop = None
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def new_mark(self) -> str:
         return f"{self.prefix}{next(self._numbers)}"
@@ -77,6 +77,8 @@ class Family:
 
     def sweep(self) -> None:
         """Reap and kill what was adopted. What a killed process leaves to us comes with its SIGCHLD."""
+        if not self._adopts:
+            return
         alive = set(self._own.values())
         session = os.getsid(0)
         for child in _children():
@@ -112,7 +114,7 @@ def _candidates() -> list[int]:
         lists = [task.joinpath("children").read_text("ascii") for task in Path("/proc/self/task").iterdir()]
         return [int(pid) for pids in lists for pid in pids.split()]
     except OSError:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
 def _mark(pid: int) -> str:
@@ -121,7 +123,8 @@ def _mark(pid: int) -> str:
         entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
         return ""
-    return next((os.fsdecode(entry[len(MARK) + 1 :]) for entry in entries if entry.startswith(b"%b=" % MARK.encode())), "")
+    found = next((entry for entry in entries if entry.startswith(_ENTRY)), b"")
+    return os.fsdecode(found.removeprefix(_ENTRY))
 
 
 def _reap(pid: int) -> None:

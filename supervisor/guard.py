@@ -73,11 +73,11 @@ def _watch(mark: bytes) -> None:
 def _kill_marked(mark: bytes) -> bool:
     """Whether there was any."""
     found = False
-    for name in os.listdir("/proc"):
+    for name in os.listdir("/proc"):  # noqa: PTH208  (pathlib would be most of this program's start)
         if not name.isdigit():
             continue
         try:
-            with open(f"/proc/{name}/environ", "rb") as file:  # noqa: PTH123  (pathlib is most of this program's start)
+            with open(f"/proc/{name}/environ", "rb") as file:  # noqa: PTH123  (as above)
                 if not any(entry.startswith(mark) for entry in file.read().split(b"\0")):
                     continue
             os.kill(int(name), signal.SIGKILL)

@@ -35,6 +35,15 @@ class Inbound:
             "realtime_open_cmd": self._refuse_realtime,
         }
 
+    @property
+    def full(self) -> bool:
+        """So much waits here that nothing more should be read."""
+        return self._dispatcher.backlog.full
+
+    async def room(self) -> None:
+        """Wait until more may be read."""
+        await self._dispatcher.backlog.room()
+
     def handle(self, message: bytes) -> None:
         """Take one message of the stream. Never raises."""
         try:

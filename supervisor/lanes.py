@@ -124,9 +124,13 @@ class Lanes:
         return None if chosen.load else chosen
 
     def _load_for(self, lane: _Lane, able: Sequence[ExecutorHandle]) -> None:
-        """Start a load when the executors that have or load the models can't serve all who wait."""
+        """Start a load when those that load the models already will not have room for all who wait.
+
+        Those that have them are full, or this would not be called: an idle executor does not wait for them.
+        """
         states = {handle: self._residency.state(handle, lane.keys) for handle in self._executors()}
         serving = sum(state is not None for state in states.values())
+        loading = sum(state is Residence.LOADING for state in states.values())
         cold = [
             handle
             for handle in able
@@ -136,7 +140,7 @@ class Lanes:
             if run.state is not RunState.QUEUED:
                 break  # nor are those before it: this was here for them
             run.wait_for_model()
-        if not cold or (serving and len(lane.waiting) <= serving * (lane.limit or len(lane.waiting))):
+        if not cold or (loading and len(lane.waiting) <= loading * (lane.limit or len(lane.waiting))):
             return
         idle = [handle for handle in cold if not serving or not handle.load]
         if idle:

@@ -7,8 +7,10 @@ stderr and a named exit code.
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import uvloop
@@ -18,6 +20,7 @@ from gen_worker.errors import ProjectError
 from supervisor.config import (
     ConfigError,
     Settings,
+    forget_secrets,
     load_settings,
     process_environment,
     secrets,
@@ -25,8 +28,12 @@ from supervisor.config import (
 )
 from supervisor.config_table import render_help
 from supervisor.devices import DeviceError
+from supervisor.executor_place import ExecutorPlace, prepare_place
 from supervisor.exit_codes import ExitCode
+from supervisor.family import FAMILY, MARK
+from supervisor.guard import Guard
 from supervisor.logs import LogHandle, start_logging
+from supervisor.prctl import forbid_inspection
 from supervisor.tenant import find_tenant
 
 log = logging.getLogger(__name__)
@@ -37,16 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments:
         return _answer(arguments)
+    if os.getpid() == 1:
+        # The kernel drops what PID 1 has no handler for; until the worker has its own, a stop is a plain end.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.OK))
     environ = process_environment()
     try:
         settings = load_settings(environ)
+        place = prepare_place(settings, Path.cwd())
     except ConfigError as error:
         return _refuse(str(error), ExitCode.CONFIG)
     logs = start_logging(level=settings.log_level, log_format=settings.log_format, secrets=secrets(settings))
     try:
         for warning in unknown_variables(environ):
             log.warning("%s", warning)
-        return _run(settings, environ, logs)
+        _close_off(settings, environ)
+        return _run(settings, environ, place, logs)
     except Exception:
         log.critical("a defect in the worker ends it", exc_info=True)
         return ExitCode.INTERNAL
@@ -54,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logs.stop()
 
 
-def _run(settings: Settings, environ: Mapping[str, str], logs: LogHandle) -> int:
+def _run(settings: Settings, environ: Mapping[str, str], place: ExecutorPlace, logs: LogHandle) -> int:
     from supervisor.worker import Worker  # noqa: PLC0415  (grpc and the rest, not needed to refuse a bad setting)
 
     try:
@@ -64,14 +76,43 @@ def _run(settings: Settings, environ: Mapping[str, str], logs: LogHandle) -> int
         return ExitCode.CONFIG
 
     async def serve() -> ExitCode:
-        return await Worker(settings, environ, tenant, logs.add_secrets).run()
+        return await Worker(settings, environ, tenant, place, logs.add_secrets).run()
 
     log.info("gen-worker %s, worker %s, scheduler %s", __version__, settings.worker_id, settings.scheduler_addr)
+    guard = _start_guard()
     try:
         return uvloop.run(serve())
     except DeviceError as error:
         log.critical("%s", error)
         return ExitCode.CONFIG
+    finally:
+        if guard is not None:
+            guard.dismiss()
+
+
+def _close_off(settings: Settings, environ: Mapping[str, str]) -> None:
+    """Keep the secrets from who can read /proc, and tenants' processes from getting lost. What fails is warned of."""
+    steps: Mapping[str, Callable[[], None]] = {
+        "the secrets stay readable in /proc": lambda: forget_secrets(environ, settings),
+        "the supervisor's memory stays readable to its user": forbid_inspection,
+        "orphans of executors are not reaped": FAMILY.adopt,
+    }
+    for otherwise, step in steps.items():
+        try:
+            step()
+        except OSError as error:
+            log.warning("%s: %s", otherwise, error)
+
+
+def _start_guard() -> Guard | None:
+    """None where the kernel does its work: it ends a container with its PID 1."""
+    if os.getpid() == 1:
+        return None
+    try:
+        return Guard.start(f"{MARK}={FAMILY.prefix}")
+    except OSError as error:
+        log.warning("what tenant code starts may outlive a killed supervisor: its guard can't be started: %s", error)
+        return None
 
 
 def _answer(arguments: Sequence[str]) -> int:

@@ -4,8 +4,8 @@ Owns: the count of OOM kills of this cgroup, as it was a moment ago. A SIGKILL b
 but the count has risen before the process is gone.
 
 1. `find_counter` finds the file: cgroup v2's memory.events, v1's memory.oom_control, else the host's /proc/vmstat.
-2. `OomWatch` reads it every SAMPLE_S and keeps two samples, so that an old OOM kill of some other process is not taken for the
-   cause of a death today.
+2. `OomWatch` reads it every SAMPLE_S and keeps two samples, so that an old OOM kill of some other process is not taken
+   for the cause of a death today.
 3. `explain` puts the words into the cause of a SIGKILL that is not ours. One OOM kill explains one death.
 """
 
@@ -58,7 +58,7 @@ def find_counter(root: Path = Path("/")) -> OomCounter | None:
 def _cgroup_files(root: Path) -> list[Path]:
     """Where this process's cgroup may have its count.
 
-    In a container the path may be the host's while the mount begins at the container's own cgroup: so also the mount's top.
+    In a container the path may be the host's while the mount begins at the container's cgroup: so also the mount's top.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text("utf-8", "replace").splitlines()

@@ -12,6 +12,7 @@ batches and says what went out; when a stream ends, what may have been lost with
    (the scheduler drops duplicates by run_id), until it is known to have arrived: DELIVERED_BYTES have followed
    it, more than a connection can hold, or the stream outlived it by DELIVERED_S, longer than keepalive
    takes to find a dead peer.
+5. A Keeper, when there is one, has every result from when it is put until it is known to have arrived.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
+
+from supervisor.backlog import Backlog
 
 BATCH_MESSAGES: Final = 128
 BATCH_BYTES: Final = 256 * 1024
@@ -34,6 +37,35 @@ _OVERHEAD_BYTES: Final = 256
 """What a retained message costs beyond its bytes; counted, so that tiny results don't pile up."""
 
 
+class Keeper(Protocol):
+    """Has results for the supervisor after this one, in case this one dies."""
+
+    def keep(self, message: bytes) -> int:
+        """Take a result; returns the ticket by which it is named later."""
+        ...
+
+    def forget(self, ticket: int) -> None:
+        """It has arrived."""
+
+
+class _NoKeeper:
+    """Without WORKER_OUTBOX_DIR."""
+
+    def keep(self, message: bytes) -> int:  # noqa: ARG002  (the protocol's)
+        return 0
+
+    def forget(self, ticket: int) -> None:
+        pass
+
+
+class _Answer(NamedTuple):
+    """A result, or what answers a command."""
+
+    data: bytes
+    ticket: int | None
+    """The keeper's; None: not a result, so it is not sent again."""
+
+
 class _RunQueue:
     """The events of one run that wait, and its result behind them."""
 
@@ -42,7 +74,7 @@ class _RunQueue:
     def __init__(self, key: int) -> None:
         self.key = key
         self.items: deque[tuple[bytes, int]] = deque()
-        self.result: bytes | None = None
+        self.result: _Answer | None = None
         self.credit = 0
         self.queued = False
         """Whether it has its place in the turns."""
@@ -52,11 +84,12 @@ class _Taken(NamedTuple):
     data: bytes
     queue: _RunQueue | None
     weight: int
-    is_result: bool
+    answer: _Answer | None
+    """None: an event."""
 
 
 class _Retained(NamedTuple):
-    data: bytes
+    result: _Answer
     mark: int
     sent_at: float
 
@@ -69,14 +102,24 @@ def _fits(message: bytes, room: int, taken: Sequence[_Taken]) -> bool:
 class Outbox:
     """See the module. `credit(key, size)` is called as a run's events go out."""
 
-    def __init__(self, credit: Callable[[int, int], None], clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        credit: Callable[[int, int], None],
+        clock: Callable[[], float],
+        backlog: Backlog | None = None,
+        keeper: Keeper | None = None,
+    ) -> None:
         self._credit = credit
         self._clock = clock
-        self._urgent: deque[tuple[bytes, bool]] = deque()
+        self._backlog = backlog or Backlog(clock)
+        self._keeper = keeper or _NoKeeper()
+        self._urgent: deque[_Answer] = deque()
         self._queues: dict[int, _RunQueue] = {}
         self._turns: deque[_RunQueue] = deque()
         self._taken: list[_Taken] = []
         self._retained: deque[_Retained] = deque()
+        self._again = 0
+        """How many at the head of `_urgent` went out on the stream that was closed last."""
         self._sent_bytes = 0
         self._wake = asyncio.Event()
         self._handed_over = asyncio.Event()
@@ -94,20 +137,28 @@ class Outbox:
 
     def put_result(self, key: int, message: bytes) -> None:
         """Queue the result of run `key`: the last that is ever put for this key."""
+        result = _Answer(message, self._keeper.keep(message))
+        self._waits(result)
         queue = self._queues.pop(key, None)
         if queue is not None and queue.items:
-            queue.result = message
+            queue.result = result
         elif queue is not None and any(taken.queue is queue for taken in self._taken):
             # Its last events are being handed over; if that fails they must still come first.
-            queue.result = message
+            queue.result = result
         else:
-            self._urgent.append((message, True))
-        self._wake.set()
+            self._urgent.append(result)
+
+    def put_kept(self, message: bytes, ticket: int) -> None:
+        """Queue a result that the keeper had before, of a run of an earlier supervisor."""
+        result = _Answer(message, ticket)
+        self._waits(result)
+        self._urgent.append(result)
 
     def put_control(self, message: bytes) -> None:
         """Queue an answer that belongs to no run."""
-        self._urgent.append((message, False))
-        self._wake.set()
+        answer = _Answer(message, None)
+        self._waits(answer)
+        self._urgent.append(answer)
 
     @property
     def depth(self) -> int:
@@ -124,12 +175,13 @@ class Outbox:
         while not self._urgent and not self._turns:
             self._wake.clear()
             await self._wake.wait()
+        self._again = 0
         room = BATCH_BYTES
         taken = self._taken
-        while self._urgent and len(taken) < BATCH_MESSAGES and _fits(self._urgent[0][0], room, taken):
-            data, is_result = self._urgent.popleft()
-            taken.append(_Taken(data, None, 0, is_result))
-            room -= len(data)
+        while self._urgent and len(taken) < BATCH_MESSAGES and _fits(self._urgent[0].data, room, taken):
+            answer = self._urgent.popleft()
+            taken.append(_Taken(answer.data, None, 0, answer))
+            room -= len(answer.data)
         while self._turns and room > 0 and len(taken) < BATCH_MESSAGES:
             queue = self._turns.popleft()
             queue.queued = False
@@ -148,14 +200,16 @@ class Outbox:
         now = self._clock()
         for item in taken[:count]:
             self._sent_bytes += len(item.data) + _OVERHEAD_BYTES
-            if item.is_result:
-                self._retained.append(_Retained(item.data, self._sent_bytes, now))
+            if item.answer is not None:
+                self._backlog.answer_left(len(item.data) + _OVERHEAD_BYTES)
+                if item.answer.ticket is not None:
+                    self._retained.append(_Retained(item.answer, self._sent_bytes, now))
             if item.queue is not None:
                 item.queue.credit += item.weight
         for item in reversed(taken[count:]):
             self._put_back(item)
         self._settle(taken)
-        self._forget_delivered(now)
+        self.forget_delivered()
         self._handed_over.set()
 
     def stream_opened(self) -> None:
@@ -165,42 +219,56 @@ class Outbox:
         """Results that the stream may have swallowed are sent again, before anything newer."""
         if self._taken:
             self.accepted(0)
-        self._forget_delivered(self._clock())
+        self.forget_delivered()
         while self._retained:
-            self._urgent.appendleft((self._retained.pop().data, True))
-        if self._urgent:
-            self._wake.set()
+            result = self._retained.pop().result
+            self._waits(result)
+            self._urgent.appendleft(result)
+            self._again += 1
+
+    def stream_read_to_end(self) -> None:
+        """The scheduler has read all of the stream that was closed last: nothing of it needs to go again."""
+        while self._again:
+            self._again -= 1
+            answer = self._urgent.popleft()
+            self._backlog.answer_left(len(answer.data) + _OVERHEAD_BYTES)
+            if answer.ticket is not None:
+                self._keeper.forget(answer.ticket)
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _waits(self, answer: _Answer) -> None:
+        self._backlog.answer_waits(len(answer.data) + _OVERHEAD_BYTES)
+        self._wake.set()
 
     def _take_turn(self, queue: _RunQueue, room: int) -> int:
         used, allowance = 0, min(room, TURN_BYTES)
         while queue.items and used < allowance and len(self._taken) < BATCH_MESSAGES:
             data, weight = queue.items.popleft()
-            self._taken.append(_Taken(data, queue, weight, is_result=False))
+            self._taken.append(_Taken(data, queue, weight, None))
             used += len(data)
         result_is_next = queue.result is not None and not queue.items and len(self._taken) < BATCH_MESSAGES
-        if queue.result is not None and result_is_next and _fits(queue.result, room - used, self._taken):
-            self._taken.append(_Taken(queue.result, queue, 0, is_result=True))
-            used += len(queue.result)
+        if queue.result is not None and result_is_next and _fits(queue.result.data, room - used, self._taken):
+            self._taken.append(_Taken(queue.result.data, queue, 0, queue.result))
+            used += len(queue.result.data)
             queue.result = None
         self._queue_turn(queue)
         return used
 
     def _queue_turn(self, queue: _RunQueue) -> None:
-        """Give a queue its place in the turns when something waits in it, once."""
-        if not queue.queued and (queue.items or queue.result is not None):
+        """Give a queue its place in the turns when events wait in it, once."""
+        if queue.items and not queue.queued:
             queue.queued = True
             self._turns.append(queue)
 
     def _put_back(self, item: _Taken) -> None:
-        queue = item.queue
-        if queue is None:
-            self._urgent.appendleft((item.data, item.is_result))
-        elif item.is_result:
-            queue.result = item.data
+        if item.answer is None:
+            if item.queue is not None:
+                item.queue.items.appendleft((item.data, item.weight))
+        elif item.queue is None:
+            self._urgent.appendleft(item.answer)
         else:
-            queue.items.appendleft((item.data, item.weight))
+            item.queue.result = item.answer
 
     def _settle(self, taken: list[_Taken]) -> None:
         """After a hand-over: give credits, and put queues that wait again into the turns."""
@@ -209,10 +277,17 @@ class Outbox:
                 self._credit(queue.key, queue.credit)
                 queue.credit = 0
             self._queue_turn(queue)
+            if queue.result is not None and not queue.items:
+                self._urgent.append(queue.result)  # its events went out, so it waits for nothing any more
+                queue.result = None
 
-    def _forget_delivered(self, now: float) -> None:
+    def forget_delivered(self) -> None:
+        """Let go of the results that are known to have arrived by now."""
+        now = self._clock()
         retained = self._retained
         while retained and (
             self._sent_bytes - retained[0].mark >= DELIVERED_BYTES or now - retained[0].sent_at >= DELIVERED_S
         ):
-            retained.popleft()
+            ticket = retained.popleft().result.ticket
+            if ticket is not None:
+                self._keeper.forget(ticket)

@@ -58,7 +58,7 @@ class _Slot:
 class Pool:
     """See the module. `events` hears what the executors say; the pool itself acts only on their ends."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (what a pool can't know, by name)
         self,
         devices: Sequence[Device],
         *,

@@ -7,7 +7,8 @@ knows neither runs nor messages: batches come from Outgoing, what arrives goes t
 2. The first message on a stream is the registration. From then on three tasks use the stream: `_report` sends
    heartbeats, `_deliver` hands over what the outbox has, `_receive` hands on what comes.
 3. Whatever ends the stream ends in one StreamEnd, which is logged in one line, and Redial says what comes next.
-4. `stop` ends the stream at once; `drain` first lets the outbox empty, half-closes the stream and waits for the
+4. While Incoming is full nothing more is received, so that HTTP/2 makes the scheduler wait.
+5. `stop` ends the stream at once; `drain` first lets the outbox empty, half-closes the stream and waits for the
    scheduler to end it, which tells that it has read all. Both end `run`; only an error ends it else.
 
 Heartbeats go before queued messages: `_report` and `_deliver` take turns at a fair lock, so that a heartbeat waits for
@@ -72,6 +73,14 @@ class Incoming(Protocol):
     def handle(self, message: bytes) -> None:
         """Cheap, and never raises for what a scheduler may send."""
 
+    @property
+    def full(self) -> bool:
+        """Nothing more should be handed over now."""
+        ...
+
+    async def room(self) -> None:
+        """Wait until it is not full."""
+
 
 class Credentials(Protocol):
     """What to dial with."""
@@ -116,6 +125,8 @@ class _Link:
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while sending; asyncio's locks are fair."""
     registered: asyncio.Event = field(default_factory=asyncio.Event)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    """Nothing more can be sent; what was received is still handed on."""
 
     def life(self, now: float) -> Lifetime:
         up_s = None if self.answered_at is None else now - self.answered_at
@@ -152,6 +163,9 @@ class Session:
         self._hurry = asyncio.Event()
         self._close_grace_s = 0.0
         self._dial_limit: asyncio.Timeout | None = None
+        self._flushed = False
+        self.read_to_end = False
+        """After `run`: the scheduler ended the drained stream by itself, so it has read all that went out on it."""
 
     @property
     def epoch(self) -> int:
@@ -174,6 +188,7 @@ class Session:
             while not self._stopping.is_set():
                 end = await self._one_stream(self._redial.target)
                 if self._stopping.is_set():
+                    self.read_to_end = self._flushed and end.epoch > 0 and end.status.code is StatusCode.OK
                     self._log_stopped(end)
                     break
                 delay = self._plan(end)
@@ -199,7 +214,7 @@ class Session:
         """Wait until the outbox is empty, then end `run` gracefully. False when the time was over first."""
         deadline = self._clock.now() + flush_timeout_s
         self._hurry.set()
-        flushed = await self._clock.wait_for(self._outgoing.flushed(), flush_timeout_s)
+        self._flushed = flushed = await self._clock.wait_for(self._outgoing.flushed(), flush_timeout_s)
         self._close_grace_s = max(0.0, min(CLOSE_GRACE_S, deadline - self._clock.now()))
         self.stop()
         return flushed
@@ -249,6 +264,7 @@ class Session:
             await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
         finally:
             # From here on each send fails with its count, and receive gives what is still here, then the status.
+            link.over.set()
             await link.stream.close(self._close_grace_s if self._stopping.is_set() else 0.0)
             async with link.turn:
                 for task in (report, deliver, stopped):
@@ -272,6 +288,18 @@ class Session:
             link.got_message = True
             for message in messages:
                 handle(message)
+            if self._incoming.full:
+                await self._until_room(link)
+
+    async def _until_room(self, link: _Link) -> None:
+        """Wait until Incoming has room, or the stream is over: what is left to receive then is little."""
+        log.info("so much waits here that nothing more is read from %s for now", link.target)
+        waits = [asyncio.ensure_future(self._incoming.room()), asyncio.ensure_future(link.over.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     async def _report(self, link: _Link) -> None:
         """The registration, then heartbeats: each interval from the opening on, and after each `announce`."""

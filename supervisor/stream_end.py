@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from supervisor.backoff import Lifetime
+from supervisor.dial_hints import hint
 from supervisor.transport import StatusCode, StreamStatus
 
 REFUSALS: Final = (StatusCode.UNAUTHENTICATED, StatusCode.PERMISSION_DENIED)
@@ -42,7 +43,7 @@ def description(end: StreamEnd, redirect: str | None) -> tuple[int, str]:
     if redirect is not None:
         return logging.INFO, f"{end.target} is not the leader, {redirect} is said to be"
     if not end.epoch:
-        return logging.WARNING, f"no stream to {end.target}: {status}"
+        return logging.WARNING, f"no stream to {end.target}: {status}{hint(end.status.details)}"
     level = logging.INFO if end.status.code is StatusCode.OK else logging.WARNING
     return level, f"stream {end.epoch} to {end.target} ended, {age(end.life)}: {status}"
 

@@ -22,15 +22,17 @@ from supervisor.exit_codes import ExitCode
 from supervisor.family import FAMILY
 from supervisor.inbound import Inbound
 from supervisor.oom import OomWatch, find_counter
+from supervisor.outbox import DELIVERED_S
 from supervisor.pool import Pool
 from supervisor.registration import Registration
 from supervisor.residency import Residency
+from supervisor.result_store import ResultStore
 from supervisor.session import GaveUp, Session
 from supervisor.wiring import auth_settings, limits, open_transport, session_settings
 
 if TYPE_CHECKING:
-    from supervisor.tenant import Tenant
     from supervisor.settings import Settings
+    from supervisor.tenant import Tenant
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +70,13 @@ class Worker:
             fake_name=settings.fake_gpu_name,
             held=self._residency.bytes_on,
         )
+        self._store = ResultStore(settings.outbox_dir, settings.worker_id) if settings.outbox_dir else None
         self._dispatcher = Dispatcher(
             limits=limits(settings),
             residency=self._residency,
             executors=lambda: self._pool.ready,
             changed=self._announce,
+            keeper=self._store,
         )
         self._pool = Pool(
             self._probe.devices,
@@ -105,6 +109,8 @@ class Worker:
             loop.add_signal_handler(number, self._on_signal, number)
         FAMILY.follow(loop)
         self._oom.start(loop)
+        if self._store is not None:
+            await self._store.open()
         self._pool.start()
         session = loop.create_task(self._serve())
         session.add_done_callback(lambda _: self._events.put_nowait("the session ended"))
@@ -122,7 +128,21 @@ class Worker:
     async def _serve(self) -> None:
         """Dial as soon as one executor serves: an empty worker is of no use to a scheduler."""
         await self._first_ready.wait()
-        await self._session.run()
+        keeping = asyncio.ensure_future(self._deliver_kept())
+        try:
+            await self._session.run()
+        finally:
+            keeping.cancel()
+
+    async def _deliver_kept(self) -> None:
+        """Results of dead supervisors go first; and a quiet stream proves by time that results have arrived."""
+        if self._store is None:
+            return
+        outbox = self._dispatcher.outbox
+        await self._store.hand_over(outbox.put_kept, self._dispatcher.backlog.room_for_answers)
+        while True:
+            await asyncio.sleep(DELIVERED_S / 4)
+            outbox.forget_delivered()
 
     async def _shutdown(self, session: asyncio.Task[None]) -> None:
         """The one way down. Each step is cut short by a second signal."""
@@ -138,6 +158,10 @@ class Worker:
         self._session.stop()
         await asyncio.wait([session, leaving], timeout=FLUSH_S)
         session.cancel()
+        if self._session.read_to_end:
+            self._dispatcher.outbox.stream_read_to_end()
+        if self._store is not None:
+            await self._store.close()
 
     async def _unless_forced(self, step: Coroutine[Any, Any, object]) -> None:
         task = asyncio.ensure_future(step)

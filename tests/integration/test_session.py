@@ -72,6 +72,11 @@ class Box:
 class Inbox:
     def __init__(self) -> None:
         self.messages: list[bytes] = []
+        self.full = False
+        self.emptied = asyncio.Event()
+
+    async def room(self) -> None:
+        await self.emptied.wait()
 
     def handle(self, message: bytes) -> None:
         if message == b"bug":

@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
@@ -26,6 +26,7 @@ PROGRAM: Final = Path(sys.executable).parent / "gen-worker-supervisor"
 """The console script that the wheel installs."""
 WAIT_S: Final = 30.0
 """For what must happen; far above what it takes, so that a loaded machine fails no test."""
+_INHERITED: Final = ("PATH", "HOME", "PYTHONPATH", "LANG")
 _LINE_BYTES: Final = 1024 * 1024
 _POLL_S: Final = 0.005
 
@@ -49,8 +50,7 @@ class WorkerProcess:
         self._cwd = TENANTS / tenant
         self._command = command
         variables = {
-            "PATH": os.environ["PATH"],
-            "HOME": os.environ.get("HOME", "/"),
+            **{name: os.environ[name] for name in _INHERITED if name in os.environ},
             "SCHEDULER_ADDR": scheduler,
             "USER_MODULES": modules,
             "WORKER_ID": "test-worker",
@@ -126,6 +126,16 @@ class WorkerProcess:
             code = await self.process.wait()
             await self._reader
         return code
+
+    async def while_it_runs(self, step: Coroutine[Any, Any, Any]) -> None:
+        """Await `step`; that the worker ends before it is a failure."""
+        task, end = asyncio.create_task(step), asyncio.create_task(self.process.wait())
+        await asyncio.wait([task, end], return_when=asyncio.FIRST_COMPLETED)
+        end.cancel()
+        if not task.done():
+            task.cancel()
+            raise AssertionError(f"the worker ended with {self.process.returncode}: {self.log[-1:]}")
+        await task
 
     async def kill(self) -> None:
         if self.process.returncode is None:
@@ -212,15 +222,17 @@ async def chain(
         MockOrchestrator(**scheduler) as orchestrator,
         WorkerProcess(orchestrator.address, tenant=tenant, modules=modules, env=env) as worker,
     ):
-        await wait_for_executors(orchestrator, executors, ready)
+        await worker.while_it_runs(wait_for_executors(orchestrator, executors, ready))
         yield Chain(orchestrator, worker)
         assert orchestrator.violations == []
 
 
-async def wait_for_executors(orchestrator: MockOrchestrator, count: int, function: str = "one_at_a_time") -> None:
-    """Wait until so many executors serve, as far as the scheduler is told."""
+async def wait_for_executors(
+    orchestrator: MockOrchestrator, count: int, function: str = "one_at_a_time", *, since: float = 0.0
+) -> None:
+    """Wait until so many executors serve, as far as the scheduler is told; `since` is monotonic seconds."""
     await orchestrator.wait_for_registration(
-        lambda registration: registration.resources.function_concurrency.get(function, 0) == count, WAIT_S
+        lambda registration: registration.resources.function_concurrency.get(function, 0) == count, WAIT_S, since=since
     )
 
 

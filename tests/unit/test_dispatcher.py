@@ -357,19 +357,23 @@ async def test_the_executor_with_the_hot_model_goes_first(models: MakeRig) -> No
 
 
 async def test_a_second_executor_loads_only_on_demand(models: MakeRig) -> None:
-    rig = models(executors=2)
-    first, second = rig.executors
+    rig = models(executors=3)
+    first, second, third = rig.executors
     rig.submit("f0", "f")
     first.load_done(A)
-    assert second.sent(LoadModel) == []
+    first.succeed("f0")
     rig.submit("f1", "f")
-    assert second.sent(LoadModel) == [], "one run in a queue is no reason"
+    assert first.runs == ["f0", "f1"]
+    assert second.sent(LoadModel) == [], "the first has room"
     rig.submit("f2", "f")
-    assert [message.model_id for message in second.sent(LoadModel)] == [A]
+    assert [message.model_id for message in second.sent(LoadModel)] == [A], "the first may be busy for long"
+    assert third.sent(LoadModel) == [], "the second is on its way, for the one that waits"
+    rig.submit("f3", "f")
+    assert [message.model_id for message in third.sent(LoadModel)] == [A]
     second.load_done(A)
-    assert (first.runs, second.runs) == (["f0"], ["f1"])
-    second.succeed("f1")
-    assert second.runs == ["f1", "f2"]
+    assert second.runs == ["f2"]
+    first.succeed("f1")
+    assert first.runs == ["f0", "f1", "f3"]
 
 
 async def test_a_busy_executor_is_no_second_one(models: MakeRig) -> None:
@@ -449,7 +453,6 @@ async def test_another_executor_takes_over_when_the_one_with_the_model_dies(mode
     rig.submit("f0", "f")
     first.load_done(A)
     rig.submit("f1", "f")
-    assert second.sent(LoadModel) == []
     first.die()
     assert list(rig.results()) == ["f0"]
     assert [message.model_id for message in second.sent(LoadModel)] == [A]

@@ -306,6 +306,14 @@ _SECRETS = (
     "and hf_abcdefghijklmnopqrstuvwx"
 )
 
+def _group_of_one() -> ExceptionGroup:
+    """What a TaskGroup makes of the one error of one of its tasks."""
+    try:
+        raise ValueError("the only one")
+    except ValueError as error:
+        return ExceptionGroup("unhandled errors in a TaskGroup", [error])
+
+
 _ERRORS: dict[str, Callable[[], BaseException]] = {
     "value": lambda: ValueError("the value is bad"),
     "unicode": lambda: UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
@@ -328,7 +336,7 @@ _ERRORS: dict[str, Callable[[], BaseException]] = {
     "key": lambda: KeyError("/root/secret-path"),
     "runtime": lambda: RuntimeError(_SECRETS),
     "group": lambda: ExceptionGroup("several", [ValueError("one"), KeyError("two")]),
-    "group_of_one": lambda: ExceptionGroup("one", [ValueError("the only one")]),
+    "group_of_one": _group_of_one,
     "keyboard": KeyboardInterrupt,
     "base": lambda: BaseException("base"),
     "generator_exit": GeneratorExit,
@@ -468,7 +476,8 @@ def load_thing(ctx: ActionContext, artifacts: ModelArtifacts) -> object:
         _die(how)
     if "wrong" in artifacts.metadata:
         return "a string"
-    return Thing(artifacts.path("weights").read_text(), str(ctx.device))
+    device = str(ctx.device) if "device" in artifacts.metadata else ""  # the first look at it imports torch
+    return Thing(artifacts.path("weights").read_text(), device)
 
 
 register_runtime_loader(Thing, load_thing)

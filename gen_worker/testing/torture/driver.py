@@ -1,0 +1,380 @@
+"""One torture: a worker is started, hurt by a plan, and judged.
+
+Owns: the order of things, and what is asked of the worker at the end.
+
+1. The scheduler listens, the worker starts and registers.
+2. The plan is played: requests, faults of streams and faults of processes, each at its time.
+3. The worker is left in peace: every run is answered, every executor is there again, probes succeed.
+4. SIGTERM while runs are under way: they are answered, it leaves with 0 and leaves nothing behind.
+5. The history is checked and summed up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shlex
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random, SystemRandom
+from tempfile import TemporaryDirectory, gettempdir
+from typing import Any, Final, Self
+
+from gen_worker.errors import ValidationError
+from gen_worker.modules import find_modules
+from gen_worker.testing.torture import functions
+from gen_worker.testing.torture.faults import BACK_S, StreamFaults
+from gen_worker.testing.torture.history import History, Light, Run
+from gen_worker.testing.torture.invariants import Bounds, bound_of, check, unanswered
+from gen_worker.testing.torture.plan import LONG_TIMEOUT_MS, HurtProcess, HurtStream, Send, make_plan
+from gen_worker.testing.torture.processes import WorkerProcess
+from gen_worker.testing.torture.report import Report, summarize
+from gen_worker.testing.torture.requests import (
+    SUCCESS,
+    BuiltIn,
+    GivenPayload,
+    GivenPayloads,
+    OwnFunctions,
+    Request,
+    Workload,
+    probe,
+    read_payloads,
+    short_rest,
+)
+from gen_worker.testing.torture.scheduler import Scheduler
+
+GRACE_S: Final = 1.0
+DRAIN_S: Final = 10.0
+START_S: Final = 120.0
+"""A tenant's imports may take long."""
+ALL_BACK_S: Final = 75.0
+"""For the longest wait before an executor is replaced (60 s), and its start."""
+PROGRESS_S: Final = 5.0
+DESCRIPTORS_SLACK: Final = 24
+"""What the supervisor may have more at the end than at the start; a leak of one per stream or executor is far more."""
+_WAITING_FAULTS: Final = 2
+"""Stream faults that wait for their turn; further ones are left out."""
+_EXECUTORS: Final = 3
+DEFAULT_EXECUTOR_BYTES: Final = 200 * 2**20
+
+
+class WorkerDidNotStartError(ValidationError):
+    """The worker never registered; the message has the end of its log."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """`project` None: the built-in functions. `executor_memory_bytes` 0: not judged."""
+
+    seed: int
+    seconds: float
+    log_file: Path
+    project: Path | None = None
+    payloads: Path | None = None
+    executor_memory_bytes: int = DEFAULT_EXECUTOR_BYTES
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        seed: int | None,
+        seconds: float,
+        project: Path | None,
+        payloads: Path | None,
+        log_file: Path | None,
+        executor_memory_mib: int,
+    ) -> Self:
+        """From what a person gave: a seed and a log file are made up when there is none."""
+        chosen = SystemRandom().getrandbits(32) if seed is None else seed
+        return cls(
+            seed=chosen,
+            seconds=seconds,
+            log_file=log_file or Path(gettempdir()) / f"gen-worker-torture-{chosen}.log",
+            project=project,
+            payloads=payloads,
+            executor_memory_bytes=executor_memory_mib * 2**20,
+        )
+
+
+async def torture(options: Options, say: Callable[[str], None]) -> Report:
+    """Do it. `say` gets lines of progress. Raises ValidationError when the options or the project can't be used."""
+    given = read_payloads(options.payloads) if options.payloads is not None else []
+    if given and options.project is None:
+        raise ValidationError("--payloads goes with --project: the built-in functions have payloads of their own")
+    history = History(has_ledger=options.project is None)
+    light = Light(history)
+    with TemporaryDirectory(prefix="torture-") as folder:
+        async with Scheduler(history, light) as scheduler:
+            cwd = options.project or Path(folder)
+            overrides = _environment(scheduler, options, Path(folder))
+            worker = WorkerProcess(
+                history=history, light=light, cwd=cwd, overrides=overrides, log_file=options.log_file
+            )
+            one = _Torture(options, history, light, scheduler, worker, given, say)
+            try:
+                await one.run()
+            finally:
+                await worker.destroy()
+        light.close(time.monotonic())
+        if history.has_ledger:
+            history.starts = _ledger(Path(folder) / functions.LEDGER)
+        return one.judge()
+
+
+def _environment(scheduler: Scheduler, options: Options, folder: Path) -> dict[str, str]:
+    overrides = {
+        "SCHEDULER_ADDR": scheduler.addresses[0],
+        "SCHEDULER_ADDRS": scheduler.addresses[1],
+        **dict.fromkeys(("AUTH_TOKEN", "AUTH_TOKEN_FILE", "WORKER_JWT", "SCHEDULER_JWKS_URL", "USE_TLS"), ""),
+        "RECONNECT_DELAY": "0.1",
+        "RECONNECT_MAX_DELAY": "0.5",
+        "RECONNECT_JITTER_SECONDS": "0.05",
+        "HEARTBEAT_INTERVAL_SECONDS": "2",
+        "WORKER_ID": "tortured",
+        "WORKER_HTTP_ADDR": "",
+        "WORKER_RUN_DIR": str(folder / "run"),
+        "WORKER_EXECUTORS": str(_EXECUTORS),
+        "WORKER_CANCEL_GRACE_SECONDS": str(GRACE_S),
+        "WORKER_DRAIN_TIMEOUT_SECONDS": str(DRAIN_S),
+        "WORKER_MAX_CONCURRENCY": "0",
+        "WORKER_LOG_FORMAT": "json",
+        "WORKER_LOG_LEVEL": "info",
+    }
+    if options.project is None:
+        # Simulated devices: the same number of executors on every host, and none of them near a real GPU.
+        overrides |= {
+            "USER_MODULES": functions.__name__,
+            "WORKER_MANIFEST": "",
+            "WORKER_FAKE_GPU_COUNT": str(_EXECUTORS),
+        }
+    else:
+        overrides["USER_MODULES"] = ",".join(find_modules(options.project))
+    return overrides
+
+
+def _ledger(path: Path) -> dict[str, int]:
+    try:
+        return Counter(path.read_text().split())
+    except FileNotFoundError:  # no function began
+        return {}
+
+
+class _Torture:
+    """The steps of one torture, in their order."""
+
+    def __init__(
+        self,
+        options: Options,
+        history: History,
+        light: Light,
+        scheduler: Scheduler,
+        worker: WorkerProcess,
+        given: list[GivenPayload],
+        say: Callable[[str], None],
+    ) -> None:
+        self._options = options
+        self._history = history
+        self._light = light
+        self._scheduler = scheduler
+        self._stream_faults = StreamFaults(scheduler, history, light)
+        self._worker = worker
+        self._given = given
+        self._say = say
+        self._workload: Workload = BuiltIn()
+        self._bounds = Bounds(
+            GRACE_S,
+            executor_rss=options.executor_memory_bytes,
+        )
+        self._run_ids = (f"{options.seed}-{number}" for number in itertools.count())
+        self._faults: Counter[str] = Counter()
+        self._hurting: set[asyncio.Task[None]] = set()
+        self._stream_faults_waiting = 0
+        self._executors = 0
+        self._descriptors = 0
+        self._began = time.monotonic()
+
+    async def run(self) -> None:
+        await self._start()
+        watching = asyncio.create_task(self._worker.watch())
+        progress = asyncio.create_task(self._show_progress())
+        try:
+            await self._play()
+            if self._worker.is_running:
+                await self._settle()
+                await self._prove_it_serves()
+                await self._stop()
+        finally:
+            for task in (watching, progress, *self._hurting):
+                task.cancel()
+            await asyncio.gather(watching, progress, *self._hurting, return_exceptions=True)
+
+    def judge(self) -> Report:
+        """After `run`, when the processes are gone and the ledger is read."""
+        self._worker.read_log()
+        return summarize(
+            self._history,
+            seed=self._options.seed,
+            seconds=self._options.seconds,
+            faults=self._faults,
+            executors_lost=max(0, self._worker.executors_seen - self._executors),
+            violations=check(self._history, self._bounds),
+            reproduce=_command(self._options),
+        )
+
+    # -- 1 ------------------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        await self._worker.start()
+        registered = asyncio.ensure_future(self._scheduler.functions(START_S))
+        ended = asyncio.ensure_future(self._worker.wait_ended())
+        await asyncio.wait((registered, ended), return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if not registered.done() or registered.exception() is not None:
+            registered.cancel()
+            log = "\n".join(self._worker.log_tail())
+            raise WorkerDidNotStartError(f"the worker did not register; the end of its log:\n{log}")
+        known = registered.result()
+        if self._given:
+            self._workload = GivenPayloads(self._given, known)
+        elif self._options.project is not None:
+            self._workload = OwnFunctions(known)
+        # All are spawned at once; the first that is ready makes the worker register.
+        self._executors = len(self._worker.executors())
+        self._descriptors = self._worker.descriptors()
+        self._say(f"seed {self._options.seed}: {self._executors} executors serve {len(known)} functions")
+
+    # -- 2 ------------------------------------------------------------------------------------------
+
+    async def _play(self) -> None:
+        loop = asyncio.get_running_loop()
+        began = self._began = time.monotonic()
+        for action in make_plan(self._options.seed, self._options.seconds).actions:
+            await asyncio.sleep(max(0.0, began + action.at_s - time.monotonic()))
+            if not self._worker.is_running:
+                return  # watching notes it
+            match action:
+                case Send():
+                    self._send(action, loop)
+                case HurtStream():
+                    if self._stream_faults_waiting < _WAITING_FAULTS:
+                        self._stream_faults_waiting += 1
+                        self._hurt(self._hurt_stream(action))
+                case HurtProcess():
+                    self._hurt(self._hurt_process(action))
+        await asyncio.wait({asyncio.ensure_future(asyncio.sleep(0)), *self._hurting}, timeout=2 * BACK_S)
+
+    def _send(self, action: Send, loop: asyncio.AbstractEventLoop) -> None:
+        run_id = next(self._run_ids)
+        rng = Random(action.seed)  # noqa: S311  (to reproduce)
+        request = self._workload.request(rng, run_id, lethal=action.lethal)
+        if request.steady:
+            timeout_ms, cancel_after_s = LONG_TIMEOUT_MS, None
+        else:
+            timeout_ms, cancel_after_s = request.timeout_ms or action.timeout_ms, action.cancel_after_s
+        run = self._scheduler.send(run_id, request, timeout_ms, action.copies)
+        if cancel_after_s is not None:
+            loop.call_later(cancel_after_s, self._scheduler.cancel, run)
+        if action.lethal and self._history.has_ledger:
+            self._faults[f"request: {request.function.removeprefix('torture_')}"] += 1
+
+    def _hurt(self, fault: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(fault)
+        self._hurting.add(task)
+        task.add_done_callback(self._hurting.discard)
+
+    async def _hurt_stream(self, action: HurtStream) -> None:
+        try:
+            await self._stream_faults.hurt(action)
+        finally:
+            self._stream_faults_waiting -= 1
+        self._faults[action.fault] += 1
+
+    async def _hurt_process(self, action: HurtProcess) -> None:
+        if await self._worker.hurt(action):
+            self._faults[action.fault] += 1
+
+    async def _show_progress(self) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_S)
+            history = self._history
+            answered = sum(any(run.results) for run in history.runs.values())
+            self._say(
+                f"{time.monotonic() - self._began:5.0f} s  {len(history.runs)} runs, {answered} answered; "
+                f"{sum(self._faults.values())} faults, {len(history.streams)} streams, "
+                f"{len(self._worker.executors())} of {self._executors} executors; "
+                f"{len(history.trouble) + len(history.strays) + len(history.offences)} oddities"
+            )
+
+    # -- 3 ------------------------------------------------------------------------------------------
+
+    async def _settle(self) -> None:
+        """Until every accepted run is answered. What is not answered in its time, the check will find."""
+        await self._stream_faults.wait_back("at the end")
+        longest = max((bound_of(run, self._bounds) for run in unanswered(self._history)), default=0.0)
+        await _until(lambda: not self._scheduler.backlog and not unanswered(self._history), BACK_S + longest)
+
+    async def _prove_it_serves(self) -> None:
+        await _until(lambda: len(self._worker.executors()) >= self._executors, ALL_BACK_S)
+        here = len(self._worker.executors())
+        if here < self._executors:
+            self._history.trouble.append(f"{here} of {self._executors} executors are there after {ALL_BACK_S:g} s")
+        probes = [self._ask(self._probe) for _ in range(2 * self._executors)]
+        await _until(lambda: all(any(run.results) for run in probes), LONG_TIMEOUT_MS / 1000 + BACK_S)
+        for run in probes:
+            outcome = next((result.outcome for result in run.results), None)
+            if outcome is None or (self._history.has_ledger and outcome.kind != SUCCESS):
+                kind = outcome.kind if outcome else "no result"
+                self._history.trouble.append(
+                    f"the worker does not serve at the end: {kind} of a {run.request.function}"
+                )
+        more = self._worker.descriptors() - self._descriptors
+        if more > DESCRIPTORS_SLACK:
+            self._history.trouble.append(f"the supervisor has {more} more descriptors at the end than at the start")
+
+    def _probe(self, run_id: str) -> Request:
+        return probe(run_id) if self._history.has_ledger else self._own_request(run_id)
+
+    def _rest(self, run_id: str) -> Request:
+        return short_rest(run_id) if self._history.has_ledger else self._own_request(run_id)
+
+    def _own_request(self, run_id: str) -> Request:
+        return self._workload.request(Random(run_id), run_id, lethal=False)  # noqa: S311  (to reproduce)
+
+    def _ask(self, make: Callable[[str], Request]) -> Run:
+        run_id = next(self._run_ids)
+        return self._scheduler.send(run_id, make(run_id), LONG_TIMEOUT_MS)
+
+    # -- 4 ------------------------------------------------------------------------------------------
+
+    async def _stop(self) -> None:
+        for _ in range(2 * self._executors):
+            self._ask(self._rest)
+        await _until(lambda: not self._scheduler.backlog, BACK_S)
+        self._history.stopped_at = time.monotonic()
+        stopping = asyncio.create_task(self._worker.stop(2 * DRAIN_S + BACK_S))
+        for _ in range(self._executors):
+            self._ask(self._rest)
+        await stopping
+
+
+async def _until(check: Callable[[], bool], within_s: float) -> None:
+    """Wait until `check()`, at most that long: of what did not come to be, whoever asks next will say so."""
+    end = time.monotonic() + within_s
+    while not check() and time.monotonic() < end:  # noqa: ASYNC110  (processes, and what they owe, announce nothing)
+        await asyncio.sleep(0.05)
+
+
+def _command(options: Options) -> str:
+    words = ["gen-worker", "torture", "--seed", str(options.seed), "--minutes", f"{options.seconds / 60:g}"]
+    for name, path in (("--project", options.project), ("--payloads", options.payloads)):
+        if path is not None:
+            words += [name, str(path)]
+    return shlex.join(words)
+
+
+def run(options: Options, say: Callable[[str], None]) -> Report:
+    """`torture` on an event loop of its own."""
+    return asyncio.run(torture(options, say))

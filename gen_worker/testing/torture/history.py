@@ -1,0 +1,148 @@
+"""What happened, as far as the scheduler and an onlooker of the processes can know it.
+
+Owns: the record that the invariants are checked against. It is filled while the torture runs and judges nothing.
+Times are monotonic seconds. Streams are numbered in the order in which the worker opened them, over all schedulers: a
+worker has one at a time, so what came on a later stream was sent later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from gen_worker.testing.torture.requests import Request
+
+
+class What(Enum):
+    """The kinds of message that a worker sends for a run."""
+
+    DELTA = "delta"
+    COMPLETED = "output.completed"
+    ERROR = "output.error"
+    OTHER = "event"
+    RESULT = "result"
+
+
+class Outcome(NamedTuple):
+    """A result. `output_fits` is False when a success has another output than it must have."""
+
+    kind: str
+    """`success`, or the error_type."""
+    retryable: bool
+    safe_message: str
+    error_message: str
+    digest: bytes
+    """Of the whole message: two results with one digest are one result, sent twice."""
+    output_fits: bool
+
+
+class Arrival(NamedTuple):
+    """One message for a run. Appended as they come; on one stream that is the order in which they were sent."""
+
+    stream: int
+    at: float
+    what: What
+    place: int = -1
+    """A delta's place in its run; -1: not a delta, or one that is not this run's."""
+    outcome: Outcome | None = None
+
+
+class Writing(NamedTuple):
+    """A run_request that was (or may have been) written: the `position`-th message for runs on that stream."""
+
+    stream: int
+    position: int
+    at: float
+
+
+@dataclass(slots=True)
+class Run:
+    """One run_id: what was asked, how often it was sent, and all that came for it."""
+
+    run_id: str
+    request: Request
+    timeout_ms: int
+    writings: list[Writing] = field(default_factory=list)
+    cancels: list[float] = field(default_factory=list)
+    """When interrupts for it were sent."""
+    arrivals: list[Arrival] = field(default_factory=list)
+
+    @property
+    def results(self) -> Iterator[Arrival]:
+        return (arrival for arrival in self.arrivals if arrival.what is What.RESULT)
+
+
+@dataclass(slots=True)
+class StreamRecord:
+    """One stream of the worker."""
+
+    opened_at: float
+    ended_at: float | None = None
+
+
+class Interval(NamedTuple):
+    start: float
+    end: float
+
+
+@dataclass(slots=True)
+class Peaks:
+    """The most that was seen, in bytes and counts."""
+
+    supervisor_rss: int = 0
+    executor_rss: int = 0
+    supervisor_fds: int = 0
+
+
+@dataclass(slots=True)
+class History:
+    """See the module."""
+
+    runs: dict[str, Run] = field(default_factory=dict)
+    streams: list[StreamRecord] = field(default_factory=list)
+    dark: list[Interval] = field(default_factory=list)
+    """When the worker could deliver nothing, by what was done to it; they don't overlap."""
+    strays: list[str] = field(default_factory=list)
+    """Messages for runs that were never asked for, in words."""
+    offences: list[str] = field(default_factory=list)
+    """What the worker did against the protocol of a stream, in words."""
+    starts: dict[str, int] = field(default_factory=dict)
+    """run_id -> how often its function began, by the functions' own ledger."""
+    has_ledger: bool = True
+    """False: the functions are a tenant's own, and `starts` says nothing."""
+    stopped_at: float | None = None
+    """When the worker was told to stop: from then on it may answer `worker busy`."""
+    trouble: list[str] = field(default_factory=list)
+    """What the onlooker saw go wrong with processes, in words."""
+    peaks: Peaks = field(default_factory=Peaks)
+
+
+class Light:
+    """Keeps a history's `dark`: it is dark while there is one reason or more."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self._reasons: set[str] = set()
+        self._since = 0.0
+
+    @property
+    def is_dark(self) -> bool:
+        return bool(self._reasons)
+
+    def dim(self, reason: str, now: float) -> None:
+        if not self._reasons:
+            self._since = now
+        self._reasons.add(reason)
+
+    def brighten(self, reason: str, now: float) -> None:
+        was_dark = bool(self._reasons)
+        self._reasons.discard(reason)
+        if was_dark and not self._reasons:
+            self._history.dark.append(Interval(self._since, now))
+
+    def close(self, now: float) -> None:
+        """The history ends here."""
+        for reason in tuple(self._reasons):
+            self.brighten(reason, now)

@@ -1,0 +1,276 @@
+"""What must hold, whatever was done to the worker: from a history to the list of violations.
+
+Owns: the rules. Pure. What a rule can't decide, it lets pass:
+
+- A request that was written on a stream which then broke may never have reached the worker. It counts as accepted when
+  anything came for it, when its function began (the ledger), when its stream lives, or when something came for a
+  request that was written after it on the same stream.
+- What a worker had handed to a stream that broke is lost to everybody. Results are sent again; of events, a gap is
+  let pass where a stream ended, and nowhere else.
+- A request that was sent several times may be run again when a copy reaches the worker after the first one's end.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+from gen_worker.testing.torture.history import Arrival, History, Interval, Outcome, Run, What
+from gen_worker.testing.torture.requests import BUSY, CRASHED, ERROR_TYPES, SUCCESS
+
+SAFE_MESSAGE_MAX_CHARS: Final = 500
+QUARANTINE_WORDS: Final = "crashed the worker"
+"""In the safe_message of a request that is refused because it killed executors before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """In seconds and bytes."""
+
+    grace_s: float
+    """WORKER_CANCEL_GRACE_SECONDS of the worker."""
+    slack_s: float = 6.0
+    """For the way there and back, on a machine that has better things to do; a result must be out within 1 s."""
+    supervisor_rss: int = 200 * 2**20
+    executor_rss: int = 200 * 2**20
+    """0: not judged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    rule: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.text}"
+
+
+def check(history: History, bounds: Bounds) -> list[Violation]:
+    """All violations, those of one rule together."""
+    accepted = accepted_runs(history)
+    found = list(_strays(history))
+    for rule, find in _PER_RUN.items():
+        for run in history.runs.values():
+            found += [Violation(rule, f"{_named(run)} {text}") for text in find(run, history)]
+    found += [
+        Violation("lost", f"{_named(run)} was accepted and has no result")
+        for run in history.runs.values()
+        if run.run_id in accepted and not any(run.results)
+    ]
+    for run in history.runs.values():
+        found += [Violation("late", f"{_named(run)} {text}") for text in _lateness(run, history, bounds)]
+    found += _memory(history, bounds)
+    return found
+
+
+def _strays(history: History) -> Iterator[Violation]:
+    yield from (Violation("stray", text) for text in history.strays)
+    yield from (Violation("protocol", text) for text in history.offences)
+    yield from (Violation("process", text) for text in history.trouble)
+
+
+# -- acceptance ---------------------------------------------------------------------------------------
+
+
+def accepted_runs(history: History) -> set[str]:
+    """The run_ids of which it is certain that the worker got them."""
+    reached: defaultdict[int, int] = defaultdict(lambda: -1)
+    """Stream -> the last position of which something came back."""
+    for run in history.runs.values():
+        if len(run.writings) == 1 and run.arrivals:
+            reached[run.writings[0].stream] = max(reached[run.writings[0].stream], run.writings[0].position)
+    return {
+        run.run_id
+        for run in history.runs.values()
+        if run.arrivals
+        or history.starts.get(run.run_id)
+        or any(
+            writing.position <= reached[writing.stream] or history.streams[writing.stream].ended_at is None
+            for writing in run.writings
+        )
+    }
+
+
+def unanswered(history: History) -> list[Run]:
+    """Accepted runs that have no result (yet)."""
+    accepted = accepted_runs(history)
+    return [run for run in history.runs.values() if run.run_id in accepted and not any(run.results)]
+
+
+# -- rules for one run --------------------------------------------------------------------------------
+
+
+def _named(run: Run) -> str:
+    return f"run {run.run_id} of {run.request.function}"
+
+
+def _may_run_again(run: Run) -> bool:
+    return len(run.writings) > 1
+
+
+def _result_count(run: Run, _history: History) -> Iterator[str]:
+    """One result; duplicates only on different streams, and identical."""
+    results = list(run.results)
+    kinds = {result.outcome.digest: result.outcome.kind for result in results if result.outcome}
+    if len(kinds) > max(1, len(run.writings)):
+        yield f"has {len(kinds)} different results ({', '.join(kinds.values())}) for {len(run.writings)} requests"
+    for stream, count in Counter(result.stream for result in results).items():
+        if count > max(1, len(run.writings)):
+            yield f"has {count} results on stream {stream}"
+
+
+def _starts(run: Run, history: History) -> Iterator[str]:
+    starts = history.starts.get(run.run_id, 0)
+    if starts > max(1, len(run.writings)):
+        yield f"was sent {len(run.writings)} times and began {starts} times"
+
+
+def _order(run: Run, _history: History) -> Iterator[str]:
+    """All events before the result; an incremental run's last event says how it ended."""
+    if _may_run_again(run):
+        return
+    arrivals = in_order(run)
+    first = next((place for place, arrival in enumerate(arrivals) if arrival.what is What.RESULT), None)
+    if first is None:
+        return
+    late = [arrival for arrival in arrivals[first:] if arrival.what is not What.RESULT]
+    if late:
+        yield f"has {len(late)} events after its result, the first a {late[0].what.value}"
+    if not run.request.incremental or arrivals[first].outcome is None:
+        return
+    yield from _end_of_stream(arrivals[:first], arrivals[first])
+
+
+def _end_of_stream(events: Sequence[Arrival], result: Arrival) -> Iterator[str]:
+    ends = [event for event in events if event.what in (What.COMPLETED, What.ERROR)]
+    success = result.outcome is not None and result.outcome.kind == SUCCESS
+    if success and any(event.what is What.ERROR for event in ends):
+        yield "succeeded after output.error"
+    same_stream = bool(events) and events[-1].stream == result.stream
+    if success and same_stream and events[-1].what is not What.COMPLETED:
+        yield f"succeeded and its last event is a {events[-1].what.value}, not output.completed"
+    if len(ends) > 1:
+        yield f"has {len(ends)} ends of its output"
+
+
+def _deltas(run: Run, _history: History) -> Iterator[str]:
+    """In order, none twice, none missing where no stream ended in between."""
+    wanted = run.request.deltas
+    if wanted is None or _may_run_again(run) or not run.writings:
+        return
+    arrivals = in_order(run)
+    seen = [(run.writings[0].stream, -1)]
+    seen += [(arrival.stream, arrival.place) for arrival in arrivals if arrival.what is What.DELTA]
+    if any(index < 0 for _, index in seen[1:]):
+        yield "got a delta of another run"
+        return
+    for (stream, index), (next_stream, following) in pairwise(seen):
+        if following <= index:
+            yield f"got delta {following} after delta {index}"
+        elif following != index + 1 and stream == next_stream:
+            yield f"got delta {following} after delta {index} on one stream"
+    result = next((arrival for arrival in arrivals if arrival.what is What.RESULT), None)
+    if result is None or result.outcome is None or result.outcome.kind != SUCCESS:
+        return
+    stream, index = seen[-1]
+    if index >= wanted or (index < wanted - 1 and stream == result.stream):
+        yield f"succeeded with {wanted} deltas, the last that came is number {index} (of 0 to {wanted - 1})"
+
+
+def _outcome(run: Run, history: History) -> Iterator[str]:
+    """Every result says what may have happened."""
+    for result in run.results:
+        if result.outcome is not None:
+            yield from _improper(result.outcome)
+            reason = _unexpected(run, result, result.outcome, history)
+            if reason:
+                yield f"ended {result.outcome.kind} ({result.outcome.safe_message!r}): {reason}"
+
+
+def _improper(outcome: Outcome) -> Iterator[str]:
+    if outcome.kind != SUCCESS and outcome.kind not in ERROR_TYPES:
+        yield f"has an error_type that does not exist: {outcome.kind!r}"
+    if outcome.retryable != (outcome.kind == "retryable"):
+        yield f"has retryable={outcome.retryable} with {outcome.kind}"
+    if len(outcome.safe_message) > SAFE_MESSAGE_MAX_CHARS:
+        yield f"has a safe_message of {len(outcome.safe_message)} characters"
+    if not outcome.output_fits:
+        yield "succeeded with an output that is not its own"
+
+
+def _unexpected(run: Run, result: Arrival, outcome: Outcome, history: History) -> str:
+    """Why this can't have come of the run, or ""."""
+    if outcome.kind == "timeout":
+        waited = result.at - min((writing.at for writing in run.writings), default=result.at)
+        early = waited < run.timeout_ms / 1000
+        return f"after {waited:.2f} s of {run.timeout_ms / 1000:g} s" if early else ""
+    if outcome.kind in run.request.outcomes:
+        return ""
+    match outcome.kind, outcome.safe_message:
+        case "retryable", message if message == CRASHED:
+            objection = ""
+        case "retryable", message if message == BUSY:
+            told = history.stopped_at is not None and result.at >= history.stopped_at
+            objection = "" if told else "the worker was not told to stop"
+        case "canceled", _:
+            objection = "" if run.cancels else "nobody canceled it"
+        case "fatal", message if QUARANTINE_WORDS in message:
+            objection = "" if _may_run_again(run) else "it is the first of its kind"
+        case _:
+            objection = f"it may end {', '.join(sorted(run.request.outcomes))}; {outcome.error_message[:300]}"
+    return objection
+
+
+_PER_RUN: Final[dict[str, Callable[[Run, History], Iterator[str]]]] = {
+    "one result": _result_count,
+    "one start": _starts,
+    "events first": _order,
+    "deltas": _deltas,
+    "outcome": _outcome,
+}
+
+
+def in_order(run: Run) -> list[Arrival]:
+    """A run's messages as the worker sent them: a stream that is read late does not make them late."""
+    return sorted(run.arrivals, key=lambda arrival: arrival.stream)
+
+
+# -- time and memory ----------------------------------------------------------------------------------
+
+
+def lit_seconds(dark: Sequence[Interval], start: float, end: float) -> float:
+    """How much of the time from `start` to `end` was not dark. `dark` is in order and does not overlap."""
+    lit = end - start
+    for interval in dark[max(0, bisect_left(dark, (start,)) - 1) :]:
+        if interval.start >= end:
+            break
+        lit -= max(0.0, min(end, interval.end) - max(start, interval.start))
+    return lit
+
+
+def bound_of(run: Run, bounds: Bounds) -> float:
+    """Seconds of light within which a run must be answered."""
+    return run.timeout_ms / 1000 + bounds.grace_s + bounds.slack_s
+
+
+def _lateness(run: Run, history: History, bounds: Bounds) -> Iterator[str]:
+    first = next(run.results, None)
+    if first is None or not run.writings:
+        return
+    waited = lit_seconds(history.dark, run.writings[0].at, first.at)
+    if waited > bound_of(run, bounds):
+        kind = first.outcome.kind if first.outcome else "?"
+        yield f"ended {kind} after {waited:.1f} s in which results could come; its timeout is {run.timeout_ms} ms"
+
+
+def _memory(history: History, bounds: Bounds) -> Iterator[Violation]:
+    for name, peak, bound in (
+        ("supervisor", history.peaks.supervisor_rss, bounds.supervisor_rss),
+        ("executor", history.peaks.executor_rss, bounds.executor_rss),
+    ):
+        if bound and peak > bound:
+            yield Violation("memory", f"the {name} took {peak / 2**20:.0f} MiB, the bound is {bound / 2**20:.0f} MiB")

@@ -1,0 +1,128 @@
+"""What came of a torture, as figures and as text.
+
+Owns: the counting, and the table that a person reads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gen_worker.testing.torture.history import History, Peaks, What
+from gen_worker.testing.torture.invariants import Violation, accepted_runs
+from gen_worker.testing.torture.requests import SUCCESS
+
+MAX_SHOWN = 20
+"""Violations that are spelled out; the rest is counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """`ok` decides the exit code."""
+
+    seed: int
+    seconds: float
+    runs: int
+    accepted: int
+    lost: int
+    results: Mapping[str, int]
+    """By error_type; `success` is one of them."""
+    redelivered: int
+    """Results that came more than once, because a stream had broken after them."""
+    deltas: int
+    swallowed: int
+    """Deltas of successful runs that streams took before they broke: what can't be known as lost is not sent twice."""
+    faults: Mapping[str, int]
+    streams: int
+    executors_lost: int
+    peaks: Peaks
+    violations: Sequence[Violation] = field(default=())
+    reproduce: str = ""
+    """The command that does it again."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.violations
+
+
+def summarize(
+    history: History,
+    *,
+    seed: int,
+    seconds: float,
+    faults: Mapping[str, int],
+    executors_lost: int,
+    violations: Sequence[Violation],
+    reproduce: str,
+) -> Report:
+    results: Counter[str] = Counter()
+    redelivered = deltas = swallowed = answered = 0
+    for run in history.runs.values():
+        outcomes = [result.outcome for result in run.results if result.outcome is not None]
+        if outcomes:
+            answered += 1
+            results[outcomes[0].kind] += 1
+            redelivered += len(outcomes) - 1
+        came = sum(arrival.what is What.DELTA for arrival in run.arrivals)
+        deltas += came
+        if outcomes and outcomes[0].kind == SUCCESS and run.request.deltas is not None and len(run.writings) == 1:
+            swallowed += run.request.deltas - came
+    accepted = len(accepted_runs(history))
+    return Report(
+        seed=seed,
+        seconds=seconds,
+        runs=len(history.runs),
+        accepted=accepted,
+        lost=accepted - answered,
+        results=dict(results.most_common()),
+        redelivered=redelivered,
+        deltas=deltas,
+        swallowed=swallowed,
+        faults=dict(sorted(faults.items())),
+        streams=len(history.streams),
+        executors_lost=executors_lost,
+        peaks=history.peaks,
+        violations=tuple(violations),
+        reproduce=reproduce,
+    )
+
+
+def render(report: Report) -> str:
+    """The report as text, with the violations last."""
+    rows = list(_rows(report))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    lines += _violations(report)
+    return "\n".join(lines)
+
+
+def _rows(report: Report) -> Iterator[tuple[str, str]]:
+    yield "seed", str(report.seed)
+    yield "minutes", f"{report.seconds / 60:.2f}"
+    unsure = report.runs - report.accepted
+    yield "runs", f"{report.runs} sent, {report.accepted} accepted, {unsure} that a cut stream may have swallowed"
+    for kind, count in report.results.items():
+        yield f"  {kind}", str(count)
+    yield "deltas", f"{report.deltas}; {report.swallowed} more went down with streams that broke"
+    yield "sent again", f"{report.redelivered} results, after streams that had broken"
+    yield "faults", str(sum(report.faults.values()))
+    for name, count in report.faults.items():
+        yield f"  {name}", str(count)
+    yield "reconnects", str(max(0, report.streams - 1))
+    yield "executors lost", str(report.executors_lost)
+    supervisor, executor = (rss / 2**20 for rss in (report.peaks.supervisor_rss, report.peaks.executor_rss))
+    yield "max memory", f"supervisor {supervisor:.0f} MiB, executor {executor:.0f} MiB"
+    yield "max descriptors", f"{report.peaks.supervisor_fds} in the supervisor"
+    yield "lost", str(report.lost)
+    yield "violations", str(len(report.violations))
+
+
+def _violations(report: Report) -> Iterator[str]:
+    for violation in report.violations[:MAX_SHOWN]:
+        yield f"VIOLATION {violation}"
+    if len(report.violations) > MAX_SHOWN:
+        by_rule = Counter(violation.rule for violation in report.violations)
+        yield f"... and {len(report.violations) - MAX_SHOWN} more: {dict(by_rule)}"
+    if report.violations:
+        yield f"reproduce with: {report.reproduce}"

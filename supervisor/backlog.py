@@ -1,0 +1,93 @@
+"""How much waits in the supervisor, and whether more may be read from the scheduler.
+
+Owns: the count of what runs that wait for an executor take, and of answers that wait for the stream. Events are not
+counted: each run has a window for them.
+
+1. While either is over its bound, `full` says so and the session reads nothing more: HTTP/2 then makes the scheduler
+   wait. Deadlines, heartbeats and what goes out are not held up by that.
+2. What is not read may be the cancel that would help. So when runs wait and none has left for STALL_S, reading goes
+   on, and runs past the bound are answered `worker busy` until the backlog is below it again (`refuses`).
+3. Answers have no such end: a scheduler that reads none of them can't be told anything either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+RUNS_BYTES: Final = 64 * 1024 * 1024
+ANSWERS_BYTES: Final = 32 * 1024 * 1024
+RUN_OVERHEAD_BYTES: Final = 1024
+"""What a waiting run takes beyond its payload, roughly; it bounds the number of tiny ones."""
+STALL_S: Final = 10.0
+
+
+class Backlog:
+    """See the module. `clock` gives monotonic seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._runs_bytes = 0
+        self._answers_bytes = 0
+        self._last_left = clock()
+        self._refuses = False
+        self._less = asyncio.Event()
+
+    @property
+    def full(self) -> bool:
+        """Nothing more should be read from the scheduler now."""
+        return self._answers_bytes > ANSWERS_BYTES or (self._runs_bytes > RUNS_BYTES and not self._refuses)
+
+    @property
+    def refuses(self) -> bool:
+        """A run that comes now is one too many."""
+        return self._refuses
+
+    def run_waits(self, payload_bytes: int) -> None:
+        if not self._runs_bytes:
+            self._last_left = self._clock()  # nothing stood still before
+        self._runs_bytes += payload_bytes + RUN_OVERHEAD_BYTES
+
+    def run_left(self, payload_bytes: int) -> None:
+        """A run that waited was started, or ended."""
+        self._runs_bytes -= payload_bytes + RUN_OVERHEAD_BYTES
+        self._last_left = self._clock()
+        if self._refuses and self._runs_bytes <= RUNS_BYTES:
+            self._refuses = False
+            log.info("runs are taken again: what waits is below %d MiB", RUNS_BYTES // 2**20)
+        self._less.set()
+
+    def answer_waits(self, size: int) -> None:
+        self._answers_bytes += size
+
+    def answer_left(self, size: int) -> None:
+        """An answer went out."""
+        self._answers_bytes -= size
+        self._less.set()
+
+    async def room(self) -> None:
+        """Wait until more may be read."""
+        while self.full:
+            self._less.clear()
+            only_runs = self._answers_bytes <= ANSWERS_BYTES
+            wait_s = max(0.0, self._last_left + STALL_S - self._clock()) if only_runs else None
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._less.wait()
+            except TimeoutError:
+                self._refuse()
+
+    async def room_for_answers(self) -> None:
+        """Wait until another answer may be queued that can as well be queued later."""
+        while self._answers_bytes > ANSWERS_BYTES:
+            self._less.clear()
+            await self._less.wait()
+
+    def _refuse(self) -> None:
+        self._refuses = True
+        mib = self._runs_bytes // 2**20
+        log.warning("runs of %d MiB wait, none was started for %g s: more are answered `worker busy`", mib, STALL_S)

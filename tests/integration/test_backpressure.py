@@ -1,0 +1,257 @@
+"""Floods: what a worker holds stays bounded, nothing is lost or reordered, and others get their turn.
+
+Each flood is here at a size for every day, and at its full size as a soak test. Real processes throughout; what they hold
+is their resident set as the kernel counts it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+
+from gen_worker.testing.mock_orchestrator import RunHandle
+from gen_worker.wire import worker_scheduler_pb2 as pb
+from tests.support.worker_process import Chain, chain, eventually
+
+TENANT: dict[str, Any] = {"tenant": "delivery", "modules": "delivery_functions"}
+MIB = 1024 * 1024
+BOUND = 200 * MIB
+
+
+class Peaks:
+    """The largest resident sets seen."""
+
+    def __init__(self) -> None:
+        self.supervisor = 0
+        self.executor = 0
+
+    def __str__(self) -> str:
+        return f"supervisor {self.supervisor / MIB:.0f} MiB, executor {self.executor / MIB:.0f} MiB"
+
+    async def watch(self, c: Chain) -> None:
+        supervisor, executors = psutil.Process(c.worker.pid), c.worker.executors()
+        while True:
+            self.supervisor = max(self.supervisor, supervisor.memory_info().rss)
+            self.executor = max(self.executor, *(executor.memory_info().rss for executor in executors))
+            await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def measured(**options: Any) -> AsyncIterator[tuple[Chain, Peaks]]:
+    """A chain and its peaks; at the end they must have stayed in bounds."""
+    peaks = Peaks()
+    async with chain(**{**TENANT, "env": {"WORKER_LOG_LEVEL": "info"}, **options}) as c:
+        watching = asyncio.create_task(peaks.watch(c))
+        try:
+            yield c, peaks
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            print(peaks)
+    assert peaks.supervisor < BOUND, peaks
+    assert peaks.executor < BOUND, peaks
+
+
+class Order:
+    """Counts the deltas of runs as they arrive, and minds their order; keeps none."""
+
+    def __init__(self) -> None:
+        self.next: dict[str, int] = {}
+        self.wrong: list[str] = []
+
+    def __call__(self, _connection: object, kind: str, message: pb.WorkerSchedulerMessage) -> None:
+        event = message.worker_event
+        if kind != "worker_event" or event.event_type != "output.delta":
+            return
+        index = msgspec.json.decode(event.payload_json)["index"]
+        if index != self.next.get(event.run_id, 0):
+            self.wrong.append(f"{event.run_id}: {index} came instead of {self.next.get(event.run_id, 0)}")
+        self.next[event.run_id] = index + 1
+
+
+# -- a scheduler that does not read ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("deltas", "stall_s"), [(3000, 2.0), pytest.param(75_000, 8.0, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
+)
+async def test_a_scheduler_that_stops_reading(deltas: int, stall_s: float) -> None:
+    order = Order()
+    async with measured(on_message=order, env={"HEARTBEAT_INTERVAL_SECONDS": "0.5"}, executors=2) as (c, _):
+        floods = [
+            await c.run(name, {"count": deltas, "size": 4096}, run_id=f"{name}-{number}", keep_events=False)
+            for name in ("stream", "astream")
+            for number in range(2)
+        ]
+        await c.orchestrator.wait_until(lambda: all(handle.event_count > 20 for handle in floods))
+        connection = c.connection
+        connection.pause_reading()
+        small = [await c.run("echo", {"data": b"%d" % number}) for number in range(50)]
+        await asyncio.sleep(stall_s)
+        heartbeats = len(connection.registrations)
+        resumed = time.monotonic()
+        connection.resume_reading()
+        await asyncio.gather(*(handle.output(60) for handle in small))
+        drained = [handle.event_count for handle in floods]
+        await c.orchestrator.wait_until(lambda: len(connection.registrations) > heartbeats)
+        assert max(handle.results[0].at for handle in small) - resumed < 2
+        assert all(count < deltas for count in drained), f"the flood was over before the others' turn: {drained}"
+        await asyncio.gather(*(handle.output(500) for handle in floods))
+        assert order.wrong == []
+        assert order.next == {handle.run_id: deltas for handle in floods}
+        # Its last registration can be one that came to be while it did not read; then they come at their interval.
+        assert connection is c.connection
+        assert c.orchestrator.stream_count == 1
+
+
+async def test_a_scheduler_that_sends_and_does_not_read_is_made_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answers pile up here, so nothing more is read; once it reads, everything comes."""
+    async with measured() as (c, _):
+        connection = c.connection
+        connection.pause_reading()
+        sent: list[RunHandle] = []
+
+        async def send_all() -> None:
+            for _ in range(160):
+                sent.append(await c.run("big", {"count": 0, "size": 700_000}))
+
+        sending = asyncio.create_task(send_all())
+        await eventually(lambda: c.worker.lines("nothing more is read") or sending.done())
+        assert not sending.done() or c.worker.lines("nothing more is read")
+        connection.resume_reading()
+        await sending
+        for handle in sent:
+            assert len((await handle.output(60))["data"]) == 700_000
+            handle.results.clear()
+
+
+# -- floods of runs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [
+        (300, MIB),
+        (6000, 16 * 1024),
+        pytest.param(20_000, 4096, marks=[pytest.mark.soak, pytest.mark.timeout(300)]),
+        pytest.param(300_000, 64, marks=[pytest.mark.soak, pytest.mark.timeout(600)]),
+    ],
+)
+async def test_a_flood_of_runs_on_a_slow_function(tmp_path: Path, count: int, size: int) -> None:
+    go = tmp_path / "go"
+    async with measured(env={"HEARTBEAT_INTERVAL_SECONDS": "0.2", "WORKER_LOG_LEVEL": "info"}) as (c, _):
+        first = await c.run("one_at_a_time", {"file": str(go)})
+        late = await c.run("one_at_a_time", {}, timeout_ms=1000)
+        payload = msgspec.msgpack.encode({"data": os.urandom(size)})
+        flood: list[RunHandle] = []
+
+        async def send_all() -> None:
+            for _ in range(count):
+                flood.append(await c.run("one_at_a_time", payload))
+
+        sending = asyncio.create_task(send_all())
+        stops_reading = count * (size + 1024) > 70 * MIB
+        if stops_reading:
+            await c.worker.wait_for_log("nothing more is read")
+        else:
+            await sending
+        # Meanwhile the rest goes on: a deadline, heartbeats, and what is running.
+        assert (await late.result()).error_type == "timeout"
+        beats = len(c.connection.registrations)
+        await c.orchestrator.wait_until(lambda: len(c.connection.registrations) > beats + 2)
+        assert sending.done() is not stops_reading
+        go.touch()
+        await first.output()
+        await sending
+        outputs = await asyncio.gather(*(handle.output(500) for handle in flood))
+        assert {output["number"] for output in outputs} == {size}
+
+
+# -- floods of events -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["stream", "astream", "talk", "atalk"])
+@pytest.mark.parametrize(
+    ("runs", "count"),
+    [
+        (1, 20_000), (64, 400),
+        pytest.param(1, 1_000_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)]),
+        pytest.param(64, 20_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)]),
+    ],
+)  # fmt: skip
+async def test_a_flood_of_tiny_events_holds_nobody_up(function: str, runs: int, count: int) -> None:
+    order = Order()
+    threads = {"WORKER_EXECUTOR_THREADS": "80", "WORKER_LOG_LEVEL": "info"}
+    async with measured(on_message=order, env=threads) as (c, _):
+        floods = [await c.run(function, {"count": count}, keep_events=False) for _ in range(runs)]
+        await c.orchestrator.wait_until(lambda: any(handle.event_count for handle in floods))
+        waits = []
+        while not all(handle.done for handle in floods):
+            before = time.monotonic()
+            await c.call("echo", {"data": b"x"})
+            waits.append(time.monotonic() - before)
+        await asyncio.gather(*(handle.output() for handle in floods))
+        assert max(waits) < 2, f"others waited {max(waits):.2f} s"
+        assert order.wrong == []
+        # Incremental runs end with an event of their own.
+        assert {handle.event_count for handle in floods} == {count + function.endswith("stream")}
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+async def test_a_flood_of_printed_lines_is_cut_short(size: int) -> None:
+    """Only the log suffers: the function is not slowed down to its pace, nor are others."""
+    total = 20 * MIB
+    await print_much(total // (size + 1), size)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("size", [1, 80, 1000, 100_000])
+async def test_100_mb_of_printed_lines(size: int) -> None:
+    await print_much(100_000_000 // (size + 1), size)
+
+
+async def print_much(count: int, size: int) -> None:
+    async with measured() as (c, _):
+        handle = await c.run("shout", {"count": count, "size": size})
+        waits = []
+        while not handle.done:
+            before = time.monotonic()
+            await c.call("echo", {"data": b"x"})
+            waits.append(time.monotonic() - before)
+        await handle.output()
+        assert max(waits) < 1, f"others waited {max(waits):.2f} s"
+        assert c.worker.lines("lines of output were left out")
+
+
+# -- a supervisor that does not read --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["stream", "astream", "talk", "atalk"])
+async def test_a_stopped_supervisor_does_not_fill_its_executor(function: str) -> None:
+    order = Order()
+    count = 8000
+    async with measured(on_message=order) as (c, peaks):
+        floods = [await c.run(function, {"count": count, "size": 4096}, keep_events=False) for _ in range(4)]
+        await c.orchestrator.wait_until(lambda: all(handle.event_count > 20 for handle in floods))
+        c.worker.signal(signal.SIGSTOP)
+        peaks.executor = 0
+        await asyncio.sleep(1.5)
+        at_rest = [psutil.Process(executor.pid).cpu_times() for executor in c.worker.executors()]
+        await asyncio.sleep(0.5)
+        assert [psutil.Process(executor.pid).cpu_times() for executor in c.worker.executors()] == at_rest, "it goes on"
+        c.worker.signal(signal.SIGCONT)
+        await asyncio.gather(*(handle.output(60) for handle in floods))
+        assert order.wrong == []
+        assert {handle.event_count for handle in floods} == {count + function.endswith("stream")}
+        assert peaks.executor < 100 * MIB, peaks

@@ -1,0 +1,305 @@
+"""No process is left behind, none is left dead, and nothing adds up: with real processes and real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from gen_worker.pipe.messages import PIPE_PROTOCOL, Event, Init, ModelLoaded, ModelUnloaded, Result
+from gen_worker.testing.mock_orchestrator import MockOrchestrator
+from supervisor import pool as pool_module
+from supervisor.child import Child, ExitCause
+from supervisor.devices import Device
+from supervisor.executor_handle import ExecutorHandle
+from supervisor.oom import OomCounter, OomWatch
+from supervisor.pool import Pool
+from tests.support.other_user import unshares
+from tests.support.worker_process import (
+    PROGRAM,
+    TENANTS,
+    WAIT_S,
+    Chain,
+    WorkerProcess,
+    eventually,
+    is_alive,
+)
+
+SUPPORT = Path(__file__).parent.parent / "support"
+CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child=KILL")
+GONE_S = 1.0
+
+
+@contextlib.asynccontextmanager
+async def isolation_chain(env: Mapping[str, str] | None = None, **options: object) -> AsyncIterator[Chain]:
+    async with (
+        MockOrchestrator() as orchestrator,
+        WorkerProcess(
+            orchestrator.address,
+            tenant="isolation",
+            modules="isolation_functions",
+            env=env,
+            **options,  # type: ignore[arg-type]
+        ) as worker,
+    ):
+        await orchestrator.wait_for_worker(timeout=WAIT_S)
+        yield Chain(orchestrator, worker)
+
+
+def zombies_of(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children() if child.status() == psutil.STATUS_ZOMBIE]
+
+
+async def gone(pids: list[int], what: str, within_s: float = GONE_S) -> None:
+    await eventually(lambda: not any(is_alive(pid) for pid in pids), within_s, what)
+
+
+# -- the supervisor is killed ---------------------------------------------------------------------
+
+
+async def test_sigkill_of_the_supervisor_leaves_nothing() -> None:
+    """Not the executor that holds the interpreter's lock, nor what tenant code started, nor what that detached."""
+    async with isolation_chain({"WORKER_EXECUTORS": "1"}) as chain:
+        started = (await chain.call("start", {}))["pid"]
+        daemon = (await chain.call("daemonize", {"how": "sleep 60"}))["pid"]
+        await chain.started("hold_gil", {})
+        everyone = [process.pid for process in chain.worker.descendants()]
+        assert {started, daemon} <= set(everyone)
+        chain.worker.process.kill()
+        await gone(everyone, "all that the supervisor and tenant code started")
+
+
+async def test_what_a_dead_executor_detached_is_killed_and_what_a_live_one_did_is_not() -> None:
+    async with isolation_chain({"WORKER_EXECUTORS": "2"}) as chain:
+        await eventually(lambda: len(chain.worker.lines("is ready: ")) == 2, what="both executors are ready")
+        busy = await chain.started("wait", {})
+        theirs = await chain.call("daemonize", {"how": "sleep 60 & sleep 61"})  # at the one that is idle
+        await chain.started("wait", {})
+        await busy.cancel()
+        await busy.result(WAIT_S)
+        others = await chain.call("daemonize", {"how": "sleep 60"})
+        assert theirs["parent"] != others["parent"]
+
+        family = [theirs["pid"], *(child.pid for child in psutil.Process(theirs["pid"]).children())]
+        assert len(family) > 1
+        os.kill(theirs["parent"], signal.SIGKILL)
+        await gone(family, "the daemon of the dead executor and its child")
+        await eventually(lambda: not zombies_of(chain.worker.pid), what="all of it is reaped")
+        assert is_alive(others["pid"])
+        chain.worker.signal(signal.SIGTERM)
+        chain.worker.signal(signal.SIGTERM)
+        await chain.worker.exit_code(5.0)
+        assert not is_alive(others["pid"])
+
+
+async def test_a_drain_leaves_no_process() -> None:
+    async with isolation_chain() as chain:
+        await chain.call("start", {})
+        await chain.call("daemonize", {"how": "trap '' TERM HUP; sleep 60"})
+        everyone = [process.pid for process in chain.worker.descendants()]
+        chain.worker.signal(signal.SIGTERM)
+        assert await chain.worker.exit_code() == 0
+        assert [pid for pid in everyone if is_alive(pid)] == []
+
+
+async def test_a_second_signal_leaves_no_process() -> None:
+    async with isolation_chain() as chain:
+        await chain.call("daemonize", {"how": "sleep 60"})
+        await chain.started("hold_gil", {})
+        everyone = [process.pid for process in chain.worker.descendants()]
+        chain.worker.signal(signal.SIGTERM)
+        await chain.worker.wait_for_log("stopping: SIGTERM")
+        chain.worker.signal(signal.SIGINT)
+        assert await chain.worker.exit_code(5.0) == 6
+        assert [pid for pid in everyone if is_alive(pid)] == []
+
+
+async def test_a_dead_guard_is_reaped() -> None:
+    async with isolation_chain() as chain:
+        guard = next(
+            each for each in psutil.Process(chain.worker.pid).children() if "guard.py" in " ".join(each.cmdline())
+        )
+        guard.kill()
+        await eventually(lambda: not psutil.pid_exists(guard.pid), what="the guard is reaped")
+        chain.worker.signal(signal.SIGTERM)
+        assert await chain.worker.exit_code() == 0
+
+
+# -- as PID 1 -------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def container() -> AsyncIterator[tuple[Chain, psutil.Process]]:
+    """A worker that is PID 1 of a namespace, and its process as it is seen from here."""
+    if reason := unshares(*CONTAINER[1:]):
+        pytest.skip(reason)
+    async with isolation_chain(command=(*CONTAINER, PROGRAM)) as chain:
+        (supervisor,) = psutil.Process(chain.worker.pid).children()
+        yield chain, supervisor
+
+
+async def test_as_pid_1_it_reaps_what_tenant_code_detached() -> None:
+    async with container() as (chain, supervisor):
+        for _ in range(5):
+            # It ends when its parent has: nobody but PID 1 can take its status.
+            await chain.call("daemonize", {"how": "exit 3"})
+        daemon = await chain.call("daemonize", {"how": "sleep 60"})
+        handle = await chain.run("die", {"how": "SIGKILL"})
+        assert (await handle.result(WAIT_S)).error_type == "retryable"
+        await chain.worker.wait_for_log("executor 0.1 is ready")
+        inside = [child for child in supervisor.children() if child.is_running()]
+        assert len(inside) == 1, (inside, daemon)  # the new executor: the daemon is dead and reaped
+        assert (await chain.call("look_around", {}))["parent"] == 1
+
+
+async def test_as_pid_1_it_drains_by_sigterm() -> None:
+    async with container() as (chain, supervisor):
+        handle = await chain.started("wait", {})
+        supervisor.send_signal(signal.SIGTERM)
+        await chain.worker.wait_for_log("stopping: SIGTERM")
+        late = await chain.result("look_around", {})
+        assert (late.error_type, late.safe_message) == ("retryable", "worker busy")
+        await handle.cancel()
+        assert (await handle.result(WAIT_S)).error_type == "canceled"
+        assert await chain.worker.exit_code() == 0
+
+
+async def test_as_pid_1_it_can_be_stopped_before_it_serves() -> None:
+    """The kernel drops a signal that PID 1 has no handler for."""
+    if reason := unshares(*CONTAINER[1:]):
+        pytest.skip(reason)
+    async with WorkerProcess("127.0.0.1:1", command=(*CONTAINER, PROGRAM)) as worker:
+        await eventually(lambda: psutil.Process(worker.pid).children(), what="the supervisor is there")
+        (supervisor,) = psutil.Process(worker.pid).children()
+        await eventually(lambda: catches(supervisor.pid, signal.SIGTERM), what="it has a handler")
+        supervisor.send_signal(signal.SIGTERM)
+        assert await worker.exit_code(5.0) == 0
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = next(int(line.split()[1], 16) for line in status if line.startswith("SigCgt:"))
+    return bool(caught >> (number - 1) & 1)
+
+
+# -- many crashes ---------------------------------------------------------------------------------
+
+
+def figures() -> tuple[int, int, int]:
+    """Descriptors, resident bytes and dead children of this process."""
+    gc.collect()
+    me = psutil.Process()
+    return me.num_fds(), me.memory_info().rss, len(zombies_of(me.pid))
+
+
+async def test_200_crashes_of_a_child_cost_nothing() -> None:
+    async def crash(count: int) -> None:
+        for _ in range(count // 4):
+            await asyncio.gather(*(one_crash() for _ in range(4)))
+
+    async def one_crash() -> None:
+        ended: asyncio.Future[ExitCause] = asyncio.get_running_loop().create_future()
+        child = Child(
+            on_frame=lambda _: None, on_line=lambda *_: None, on_writable=lambda: None, on_exit=ended.set_result
+        )
+        await child.spawn("pipe_child", ["write_and_die 3"], {"PYTHONPATH": str(SUPPORT)}, "/")
+        assert (await ended).returncode == -signal.SIGKILL
+
+    await crash(20)
+    fds, rss, zombies = figures()
+    await crash(200)
+    fds_after, rss_after, zombies_after = figures()
+    assert fds_after == fds
+    assert zombies_after == zombies == 0
+    assert rss_after - rss < 4 * 2**20
+
+
+class Listener:
+    """Kills each executor as soon as it is ready, while `killing`."""
+
+    def __init__(self) -> None:
+        self.causes: list[str] = []
+        self.killing = True
+
+    def executor_ready(self, handle: ExecutorHandle) -> None:
+        if self.killing:
+            os.kill(handle.pid, signal.SIGKILL)
+
+    def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None:
+        self.causes.append(str(cause))
+
+    def executor_writable(self, handle: ExecutorHandle) -> None: ...
+    def run_event(self, handle: ExecutorHandle, event: Event) -> None: ...
+    def run_result(self, handle: ExecutorHandle, result: Result, output: bytes) -> None: ...
+    def model_loaded(self, handle: ExecutorHandle, loaded: ModelLoaded) -> None: ...
+    def model_unloaded(self, handle: ExecutorHandle, unloaded: ModelUnloaded) -> None: ...
+
+
+def executor_pool(listener: Listener, slots: int, **options: Any) -> Pool:
+    modules, root = ("isolation_functions",), str(TENANTS / "isolation")
+    return Pool(
+        [Device("", "", 0, "", "cpu", "")] * slots,
+        init=lambda slot, _: Init(PIPE_PROTOCOL, slot, "cpu", modules, root, "/tmp", 1, 1.0, 0, 0, 0, {}),
+        env=lambda _: {"PATH": os.environ["PATH"]},
+        threads=1,
+        events=listener,
+        on_all_closed=lambda: pytest.fail("a slot was closed though its executors were ready"),
+        **options,
+    )
+
+
+async def test_crashing_executors_are_replaced_without_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "BACKOFF_FIRST_S", 0.0)
+    listener = Listener()
+    pool = executor_pool(listener, 2)
+
+    async def all_ready_after(deaths: int) -> None:
+        listener.killing = True
+        for handle in pool.ready:
+            os.kill(handle.pid, signal.SIGKILL)
+        await eventually(lambda: len(listener.causes) >= deaths, what=f"{deaths} deaths")
+        listener.killing = False
+        await eventually(lambda: len(pool.ready) == 2, what="both slots serve again")
+
+    pool.start()
+    await all_ready_after(4)
+    fds, rss, _ = figures()
+    await all_ready_after(24)
+    fds_after, rss_after, zombies = figures()
+    assert set(listener.causes) == {"killed by SIGKILL"}
+    assert fds_after == fds
+    assert rss_after - rss < 4 * 2**20
+    assert zombies == 0
+    await pool.stop("the test ends", 2.0)
+    assert pool.handles == []
+    assert psutil.Process().children() == []
+
+
+async def test_an_executor_that_the_oom_killer_took_is_said_to_be(tmp_path: Path) -> None:
+    """The count rises, then comes the SIGKILL; what raises the count here is the test."""
+    events = tmp_path / "memory.events"
+    events.write_text("oom 0\noom_kill 0\n")
+    listener = Listener()
+    listener.killing = False
+    watch = OomWatch(OomCounter(events, "the cgroup"))
+    pool = executor_pool(listener, 1, explain=watch.explain)
+    pool.start()
+    await eventually(lambda: pool.ready, what="it is ready")
+    events.write_text("oom 1\noom_kill 1\n")
+    os.kill(pool.ready[0].pid, signal.SIGKILL)
+    await eventually(lambda: pool.ready and listener.causes, what="it was replaced")
+    os.kill(pool.ready[0].pid, signal.SIGKILL)
+    await eventually(lambda: len(listener.causes) == 2, what="the next one died")
+    await pool.stop("the test ends", 0)
+    assert listener.causes[:2] == [
+        "killed by SIGKILL (the kernel's OOM killer: the cgroup ran out of memory)",
+        "killed by SIGKILL",
+    ]
