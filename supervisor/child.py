@@ -84,7 +84,8 @@ class Child(asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._decoder = FrameDecoder()
         self._buffer = memoryview(bytearray(READ_BYTES))
-        self._outgoing: list[bytes] = []
+        self._early: list[bytes] = []
+        """Frames for a pipe that is not connected yet."""
         self._transport: asyncio.Transport | None = None
         self._reason = ""
         self._closed: asyncio.TimerHandle | None = None
@@ -173,9 +174,10 @@ class Child(asyncio.BufferedProtocol):
         if self._exited:
             return
         frame = encode_frame(body)
-        if not self._outgoing:
-            self._loop.call_soon(self._flush)
-        self._outgoing.append(frame)
+        if self._transport is None:
+            self._early.append(frame)
+        elif not self._transport.is_closing():
+            self._transport.write(frame)  # uvloop joins what is written within one turn of the loop
 
     def kill(self, reason: str) -> None:
         """SIGKILL to the child and all that it started in its session. The first reason is kept."""
@@ -190,19 +192,14 @@ class Child(asyncio.BufferedProtocol):
         except ProcessLookupError:
             log.debug("process group %d is already gone", self.pid)
 
-    def _flush(self) -> None:
-        if self._transport is None:
-            return  # connection_made comes back to it
-        outgoing, self._outgoing = self._outgoing, []
-        if outgoing and not self._transport.is_closing():
-            self._transport.write(b"".join(outgoing))
-
     # -- asyncio.BufferedProtocol -------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=PIPE_BUFFER_BYTES)
-        self._flush()
+        if self._early:
+            self._transport.write(b"".join(self._early))
+            self._early.clear()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         return self._buffer

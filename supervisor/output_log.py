@@ -6,6 +6,7 @@ logged, since formatting a million lines would take from the event loop what oth
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -16,10 +17,12 @@ log = logging.getLogger("executor")
 LINES_S: Final = 1000.0
 """Lines a second that are logged in the long run: some 4 % of a core."""
 BURST_LINES: Final = 4000
+SAY_S: Final = 1.0
+"""How long lines are counted before the count is logged."""
 
 
 class OutputLog:
-    """See the module. `clock` gives monotonic seconds."""
+    """See the module. Belongs to the running event loop; `clock` gives monotonic seconds."""
 
     def __init__(self, executor: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._extra = {"executor": executor}
@@ -27,6 +30,7 @@ class OutputLog:
         self._budget = float(BURST_LINES)
         self._refilled = clock()
         self._left_out = 0
+        self._loop = asyncio.get_running_loop()
 
     def line(self, stream: str, line: str) -> None:
         """One line that it printed to `stream`."""
@@ -35,15 +39,15 @@ class OutputLog:
             self._budget = min(BURST_LINES, self._budget + (now - self._refilled) * LINES_S)
             self._refilled = now
             if self._budget < 1:
+                if not self._left_out:
+                    self._loop.call_later(SAY_S, self.say_left_out)
                 self._left_out += 1
                 return
         self._budget -= 1
-        if self._left_out:
-            self.say_left_out()
         log.info("%s", line, extra={**self._extra, "stream": stream})
 
     def say_left_out(self) -> None:
-        """Say how many lines were left out since the last time; also for the end."""
+        """Say how many lines were left out since the last time, if any were."""
         if self._left_out:
             log.warning("%d lines of output were left out", self._left_out, extra=self._extra)
             self._left_out = 0

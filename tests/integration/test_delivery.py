@@ -30,7 +30,7 @@ from gen_worker.testing.mock_orchestrator import (
     stay_silent,
 )
 from supervisor.backoff import BRIEF_STREAMS
-from tests.support.worker_process import Chain, WorkerProcess, chain, eventually
+from tests.support.worker_process import PROGRAM, Chain, WorkerProcess, chain, eventually
 
 TENANT: dict[str, str] = {"tenant": "delivery", "modules": "delivery_functions"}
 REAL_BACKOFF = {"RECONNECT_DELAY": "5", "RECONNECT_MAX_DELAY": "60", "RECONNECT_JITTER_SECONDS": "1"}
@@ -55,8 +55,8 @@ async def test_200_runs_across_a_cut_and_three_seconds_without_a_scheduler(tmp_p
     go = tmp_path / "go"
     async with chain(**TENANT) as c:
         waiting = [await c.run("wait", {"seconds": 0.3 + number * 0.025}) for number in range(140)]
-        behind = [await c.run(f, {"count": 300, "start_file": str(go)}) for f in ("stream", "astream") for _ in range(20)]
-        across = [await c.run(f, {"count": 200, "pause_s": 0.02}) for f in ("stream", "astream") for _ in range(10)]
+        behind = [await c.run(f, {"count": 100, "start_file": str(go)}) for f in ("stream", "astream") for _ in range(20)]
+        across = [await c.run(f, {"count": 120, "pause_s": 0.02}) for f in ("stream", "astream") for _ in range(10)]
         await c.orchestrator.wait_until(lambda: all(handle.event_count > 3 for handle in across))
         await c.orchestrator.stop()
         stopped = time.monotonic()
@@ -68,12 +68,12 @@ async def test_200_runs_across_a_cut_and_three_seconds_without_a_scheduler(tmp_p
         during = [handle for handle in waiting if handle.results[0].at > stopped + 3]
         assert len(during) > 50, "hardly any run ended while there was no scheduler"
         for handle in behind:  # all of it was produced without a scheduler
-            assert indexes(handle) == list(range(300))
+            assert indexes(handle) == list(range(100))
         for handle in across:
             # What a broken connection swallowed of a stream of events is gone, and only that: one gap, no repeats.
             seen = indexes(handle)
             assert seen == sorted(set(seen))
-            assert seen[-1] == 199
+            assert seen[-1] == 119
             gaps = [b - a for a, b in zip(seen, seen[1:], strict=False) if b - a > 1]
             assert len(gaps) <= 1
             assert sum(gaps) < 30
@@ -150,8 +150,8 @@ async def test_two_schedulers_that_redirect_to_each_other_are_not_stormed() -> N
         first.on_connect, second.on_connect = redirect(second.address), redirect(first.address)
         async with worker_at(first.address, RECONNECT_DELAY="1", RECONNECT_MAX_DELAY="1", RECONNECT_JITTER_SECONDS="0") as worker:
             await first.wait_until(lambda: first.stream_count + second.stream_count >= 6, 30)
-            await asyncio.sleep(2.5)
-            assert first.stream_count + second.stream_count <= 6 + 3
+            await asyncio.sleep(1.5)
+            assert first.stream_count + second.stream_count <= 6 + 2
             second.on_connect = None
             await second.wait_for_worker(timeout=10)
             assert worker.lines("is not the leader")
@@ -195,7 +195,14 @@ async def tcp_server(answer: bytes | None) -> AsyncIterator[tuple[str, list[floa
             writer.close()
 
 
-@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n", b"\x00" * 9, None])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n", id="HTTP/1.1"),
+        pytest.param(b"\x00\x00\x00\x07" + b"\x00" * 12, id="garbage"),
+        pytest.param(None, id="nothing", marks=pytest.mark.soak),
+    ],
+)
 async def test_what_is_no_scheduler_is_left_for_the_next_seed(answer: bytes | None) -> None:
     async with tcp_server(answer) as (address, accepted), MockOrchestrator() as orchestrator:
         async with worker_at(address, orchestrator.address, **REAL_BACKOFF):
@@ -229,7 +236,6 @@ async def headers_and_end(connection: WorkerConnection) -> None:
 async def test_schedulers_that_end_each_stream_at_once_are_dialed_once_a_second_at_most() -> None:
     policies = [
         end_at_once(),
-        end_at_once(grpc.StatusCode.UNAVAILABLE),
         drop_at_once,
         say_something_and_end,
         headers_and_end,
@@ -242,10 +248,10 @@ async def test_schedulers_that_end_each_stream_at_once_are_dialed_once_a_second_
             await stack.enter_async_context(worker_at(scheduler.address, **backoff))
         for scheduler in all_:
             await scheduler.wait_until(lambda scheduler=scheduler: scheduler.stream_count >= 1, 30)
-        await asyncio.sleep(6)
+        await asyncio.sleep(4)
         for scheduler in all_:
             dials = [connection.opened_at for connection in scheduler.history]
-            assert len(dials) >= 5, "it stopped to dial"
+            assert len(dials) >= 4, "it stopped to dial"
             quick = [b - a for a, b in zip(dials, dials[1:], strict=False) if b - a < 0.9]
             assert len(quick) <= BRIEF_STREAMS, dials
 
@@ -361,8 +367,6 @@ async def test_a_directory_that_can_not_be_used_is_said_and_nothing_else_changes
 async def test_a_full_disk_is_said_once_and_nothing_else_changes(kept: Path) -> None:
     """RLIMIT_FSIZE stands for the disk: no file of the worker may grow over 64 KiB."""
     limited = ("sh", "-c", "trap '' XFSZ; ulimit -f 64; exec \"$0\"")
-    from tests.support.worker_process import PROGRAM
-
     async with MockOrchestrator() as orchestrator:
         env = {"WORKER_OUTBOX_DIR": str(kept)}
         async with WorkerProcess(orchestrator.address, **TENANT, env=env, command=(*limited, PROGRAM)) as worker:

@@ -236,7 +236,7 @@ def record_of(payload: bytes) -> bytes:
     return b"".join(module._kept_record(99, payload))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(STEPS, st.booleans())
 def test_a_death_at_any_byte(steps: list[tuple[bool, int, bytes]], disguised: bool) -> None:
     """Cut a segment anywhere: what was complete is there, and what follows can be appended."""
@@ -377,4 +377,4 @@ class JournalMachine(RuleBasedStateMachine):
 
 
 TestJournalMachine = JournalMachine.TestCase
-TestJournalMachine.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+TestJournalMachine.settings = settings(deadline=None, max_examples=40, stateful_step_count=40)
