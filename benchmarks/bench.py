@@ -1,7 +1,7 @@
 """`make bench`: the worker beside the floor, in one run, as ratios.
 
-Both are driven by the same load over loopback. Rounds alternate between them, so that what else the machine does hits both;
-each figure is the median of the rounds. Prints a table and writes benchmarks/out/bench.json.
+Both are driven by the same load over loopback. Rounds alternate between them, so that what else the machine does hits
+both; each figure is the median of the rounds. Prints a table and writes benchmarks/out/bench.json.
 
     python benchmarks/bench.py [--rounds N]
 """
@@ -114,7 +114,9 @@ async def compare(rounds: int, only: str) -> list[dict[str, object]]:
         for name, pid in (("floor", floor_pid), ("worker", worker_pid)):
             process = psutil.Process(pid)
             seconds = sum(process.cpu_times()[:2])
-            print(f"{name}: {process.memory_info().rss / MIB:.0f} MiB resident, {seconds:.1f} s of CPU in its top process")
+            print(
+                f"{name}: {process.memory_info().rss / MIB:.0f} MiB resident, {seconds:.1f} s of CPU in its top process"
+            )
     return rows
 
 

@@ -10,11 +10,11 @@ from gen_worker import ActionContext, worker_function
 
 
 @worker_function()
-def echo(ctx: ActionContext, payload: Echo) -> Echo:  # noqa: ARG001
+def echo(ctx: ActionContext, payload: Echo) -> Echo:
     return payload
 
 
 @worker_function()
-def count(ctx: ActionContext, payload: Count) -> Iterator[Delta]:  # noqa: ARG001
+def count(ctx: ActionContext, payload: Count) -> Iterator[Delta]:
     for index in range(payload.count):
         yield Delta(index, "x" * payload.size)

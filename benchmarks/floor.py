@@ -21,7 +21,10 @@ import msgspec
 from gen_worker.wire import METHOD, TRANSPORT_LIMIT_BYTES
 from gen_worker.wire import worker_scheduler_pb2 as pb
 
-OPTIONS = [("grpc.max_send_message_length", TRANSPORT_LIMIT_BYTES), ("grpc.max_receive_message_length", TRANSPORT_LIMIT_BYTES)]
+OPTIONS = [
+    ("grpc.max_send_message_length", TRANSPORT_LIMIT_BYTES),
+    ("grpc.max_receive_message_length", TRANSPORT_LIMIT_BYTES),
+]
 
 
 class Echo(msgspec.Struct):

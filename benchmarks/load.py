@@ -77,7 +77,8 @@ class LoadScheduler:
     async def drive(self, function: str, payload: msgspec.Struct, *, runs: int, window: int) -> Outcome:
         """`runs` runs with `window` of them under way; raises when one fails."""
         packed = msgspec.msgpack.encode(payload)
-        outcome, started, begin = Outcome(), {}, time.perf_counter()
+        outcome, begin = Outcome(), time.perf_counter()
+        started: dict[str, float] = {}
         for _ in range(min(window, runs)):
             await self._send(function, packed, started)
         sent = min(window, runs)

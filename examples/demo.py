@@ -81,7 +81,9 @@ async def show_similarities(orchestrator: MockOrchestrator) -> None:
     output = await handle.output(RUN_S)
     took = time.perf_counter() - started
     vectors = output["vectors"]
-    table = Table(title=f"{len(vectors[0])} dimensions, executor pid {output['pid']} on {output['device']}, {took:.2f} s")
+    table = Table(
+        title=f"{len(vectors[0])} dimensions, executor pid {output['pid']} on {output['device']}, {took:.2f} s"
+    )
     table.add_column("")
     for index in range(len(SENTENCES)):
         table.add_column(str(index + 1), justify="right")
@@ -101,7 +103,9 @@ async def show_stream(orchestrator: MockOrchestrator) -> None:
         if delta["token"].startswith("["):
             continue
         piece = delta["token"]
-        console.print(f"[{_shade(delta['weight'])}]{piece.removeprefix('##')}[/]", end="" if piece.startswith("##") else " ")
+        console.print(
+            f"[{_shade(delta['weight'])}]{piece.removeprefix('##')}[/]", end="" if piece.startswith("##") else " "
+        )
     result = await handle.result(RUN_S)
     console.print(f"\n{len(handle.deltas)} deltas, then the result: success={result.success}\n")
 

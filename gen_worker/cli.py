@@ -36,7 +36,7 @@ def discover(root: Root = Path()) -> None:
 @app.command()
 def validate(
     root: Root = Path(),
-    require_uv_lock: Annotated[bool, typer.Option(help="A missing uv.lock is an error, not a warning.")] = False,
+    require_uv_lock: Annotated[bool, typer.Option(help="A missing uv.lock is an error, not a warning.")] = False,  # noqa: FBT002
 ) -> None:
     """Check the project's layout and its [tool.cozy]; exit 1 when something is wrong."""
     from gen_worker.project import validate_project  # noqa: PLC0415

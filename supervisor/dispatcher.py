@@ -306,7 +306,9 @@ class Dispatcher:
             return ""
         strikes = self._quarantine.strike(run.fingerprint)
         if strikes >= STRIKES:
-            log.error("%s is in quarantine: it killed %d executors", run.function, strikes, extra={"run_id": run.run_id})
+            log.error(
+                "%s is in quarantine: it killed %d executors", run.function, strikes, extra={"run_id": run.run_id}
+            )
         return f", for the {strikes}. time with this payload" if strikes > 1 else ""
 
     def _refuse(self, run_id: str, failure: Failure) -> None:

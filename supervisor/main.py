@@ -1,7 +1,7 @@
 """`gen-worker-supervisor`: from the command line to an exit code.
 
-Owns: what happens before the worker exists: arguments, settings, logging, the manifest. Whatever is wrong there is one line on
-stderr and a named exit code.
+Owns: what happens before the worker exists: arguments, settings, logging, the tenant's project. Whatever is wrong
+there is one line on stderr and a named exit code.
 """
 
 from __future__ import annotations
@@ -122,11 +122,11 @@ def _answer(arguments: Sequence[str]) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"gen-worker {__version__}")  # noqa: T201
         return ExitCode.OK
-    return _refuse(f"unexpected argument {arguments[0]!r}: settings are environment variables, see --help", ExitCode.USAGE)
+    return _refuse(
+        f"unexpected argument {arguments[0]!r}: settings are environment variables, see --help", ExitCode.USAGE
+    )
 
 
 def _refuse(line: str, code: ExitCode) -> int:
     print(f"gen-worker-supervisor: {line}", file=sys.stderr)  # noqa: T201
     return code
-
-

@@ -53,7 +53,7 @@ class Worker:
         place: ExecutorPlace,
         conceal: Callable[[Iterable[str]], None],
     ) -> None:
-        """`conceal` is told the secrets that turn up later. Raises DeviceError when the GPUs asked for are not there."""
+        """`conceal` is told the secrets that turn up later. Raises DeviceError when a GPU asked for is not there."""
         self._settings = settings
         self._environ = place.inherited(child_environment(environ, settings))
         self._run_dir = str(place.run_dir)
@@ -152,7 +152,9 @@ class Worker:
         # What still runs would be lost with its executor: its scheduler hears it now and can place it elsewhere.
         self._dispatcher.abandon("the worker was shut down while it ran")
         # Executors leave while results go out; both take longest when something is wrong.
-        leaving = asyncio.ensure_future(self._pool.stop("the worker shuts down", 0 if self._forced.is_set() else LEAVE_S))
+        leaving = asyncio.ensure_future(
+            self._pool.stop("the worker shuts down", 0 if self._forced.is_set() else LEAVE_S)
+        )
         if not session.done():
             await self._unless_forced(self._session.drain(FLUSH_S))
         self._session.stop()

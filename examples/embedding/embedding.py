@@ -80,7 +80,7 @@ class CrashOutput(msgspec.Struct):
 
 
 @worker_function()
-def crash(ctx: ActionContext, payload: CrashInput) -> CrashOutput:  # noqa: ARG001
+def crash(ctx: ActionContext, payload: CrashInput) -> CrashOutput:
     """Dies as a broken native library would."""
     print("about to read address 0", flush=True)
     ctypes.string_at(0)
