@@ -111,7 +111,7 @@ def main() -> None:
     arguments = parser.parse_args()
     die_with_parent(arguments.parent_pid)
     forbid_new_privileges()
-    faulthandler.enable()
+    faulthandler.enable(all_threads=False)  # a hundred idle threads would push out what else it said
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no KeyboardInterrupt in the midst of the event loop
     buffer_by_line()
     link = Link(arguments.pipe_fd, on_broken=lambda _: departure.pipe_closed())

@@ -76,7 +76,8 @@ def torture(
     has its one result, deltas are in order, no process is left, memory is bounded, and the worker serves.
     """
     from gen_worker.errors import WorkerError  # noqa: PLC0415
-    from gen_worker.testing.torture.driver import Options, run  # noqa: PLC0415
+    from gen_worker.testing.torture.driver import run  # noqa: PLC0415
+    from gen_worker.testing.torture.options import Options  # noqa: PLC0415
     from gen_worker.testing.torture.report import render  # noqa: PLC0415
 
     bound = memory_mib if memory_mib is not None else (200 if project is None else 0)

@@ -5,7 +5,7 @@ counted: each run has a window for them.
 
 1. While either is over its bound, `full` says so and the session reads nothing more: HTTP/2 then makes the scheduler
    wait. Deadlines, heartbeats and what goes out are not held up by that.
-2. What is not read may be the cancel that would help. So when runs wait and none has left for STALL_S, reading goes
+2. What is not read may be the cancel that would help. So when none of the runs left for STALL_S of this, reading goes
    on, and runs past the bound are answered `worker busy` until the backlog is below it again (`refuses`).
 3. Answers have no such end: a scheduler that reads none of them can't be told anything either.
 """
@@ -48,8 +48,6 @@ class Backlog:
         return self._refuses
 
     def run_waits(self, payload_bytes: int) -> None:
-        if not self._runs_bytes:
-            self._last_left = self._clock()  # nothing stood still before
         self._runs_bytes += payload_bytes + RUN_OVERHEAD_BYTES
 
     def run_left(self, payload_bytes: int) -> None:
@@ -71,12 +69,15 @@ class Backlog:
 
     async def room(self) -> None:
         """Wait until more may be read."""
+        self._last_left = self._clock()  # a standstill counts from here
         while self.full:
             self._less.clear()
-            only_runs = self._answers_bytes <= ANSWERS_BYTES
-            wait_s = max(0.0, self._last_left + STALL_S - self._clock()) if only_runs else None
+            if self._answers_bytes > ANSWERS_BYTES:
+                await self._less.wait()
+                self._last_left = self._clock()
+                continue
             try:
-                async with asyncio.timeout(wait_s):
+                async with asyncio.timeout(max(0.0, self._last_left + STALL_S - self._clock())):
                     await self._less.wait()
             except TimeoutError:
                 self._refuse()

@@ -24,7 +24,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from gen_worker.pipe.frames import FrameError
-from gen_worker.pipe.messages import CancelCause, Event, Failure, FunctionInfo, ModelLoaded, ModelUnloaded, Result
+from gen_worker.pipe.messages import (
+    EVENT_OVERHEAD_BYTES,
+    CancelCause,
+    Event,
+    Failure,
+    FunctionInfo,
+    ModelLoaded,
+    ModelUnloaded,
+    Result,
+)
 from supervisor import runs
 from supervisor.backlog import Backlog
 from supervisor.child import ExitCause
@@ -45,10 +54,8 @@ log = logging.getLogger(__name__)
 WINDOW_BYTES: Final = 256 * 1024
 """Event bytes of one run under way between its executor and the stream, while few runs stream."""
 WINDOWS_BYTES: Final = 16 * 1024 * 1024
-"""All windows of one executor together, roughly: many runs get smaller ones."""
+"""All windows together, roughly: when many runs stream, the later ones get smaller ones."""
 WINDOW_MIN_BYTES: Final = 16 * 1024
-EVENT_OVERHEAD_BYTES: Final = 64
-"""What an event weighs beyond its payload; the executor counts the same."""
 LAST_LINES_CHARS: Final = 4000
 
 
@@ -264,7 +271,8 @@ class Dispatcher:
         deadline = 0.0
         if run.timeout_ms:
             deadline = time.time() + run.timeout_ms / 1000 - (run.started - run.arrived)
-        window = max(WINDOW_MIN_BYTES, min(WINDOW_BYTES, WINDOWS_BYTES // (handle.load + 1)))
+        running = sum(each.load for each in self._executors())
+        window = max(WINDOW_MIN_BYTES, min(WINDOW_BYTES, WINDOWS_BYTES // (running + 1)))
         try:
             handle.send_run(run, payload, deadline, window)
         except OSError as error:

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 MARK: Final = "GEN_WORKER_EXECUTOR"
 """The variable that carries the mark."""
+LOOKS: Final = 5
+LOOK_S: Final = 0.02
+"""How often, and after how many seconds, a process is looked at again that was in the midst of an exec."""
 _ENTRY: Final = f"{MARK}=".encode()
 
 
@@ -48,6 +51,8 @@ class Family:
         self._own: dict[int, str] = {}
         self._earlier: frozenset[int] = frozenset()
         self._adopts = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._looks = 0
 
     def adopt(self) -> None:
         """Become the parent of orphans. Children that are here already came with an exec. Raises OSError."""
@@ -59,8 +64,10 @@ class Family:
         """Sweep at every SIGCHLD from now on."""
         # Not by the loop: uvloop keeps this signal for itself, though it starts no process here. It wakes up anyway.
         signal.signal(signal.SIGCHLD, lambda *_: loop.call_soon_threadsafe(self.sweep))
+        self._loop = loop
 
     def unfollow(self) -> None:
+        self._loop = None
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def new_mark(self) -> str:
@@ -77,8 +84,13 @@ class Family:
 
     def sweep(self) -> None:
         """Reap and kill what was adopted. What a killed process leaves to us comes with its SIGCHLD."""
-        if not self._adopts:
-            return
+        if self._adopts:
+            self._looks = LOOKS
+            self._look()
+
+    def _look(self) -> None:
+        self._looks -= 1
+        unclear = False
         alive = set(self._own.values())
         session = os.getsid(0)
         for child in _children():
@@ -90,9 +102,13 @@ class Family:
                     _reap(child.pid)
                 continue
             mark = _mark(child.pid)
-            if mark.startswith(self.prefix) and mark not in alive:
+            if mark is None:
+                unclear = True
+            elif mark.startswith(self.prefix) and mark not in alive:
                 log.info("process %d outlived the executor that it came from: killed", child.pid)
                 _kill(child.pid)
+        if unclear and self._looks > 0 and self._loop is not None:
+            self._loop.call_later(LOOK_S, self._look)
 
 
 def _children() -> Iterator[_Process]:
@@ -117,12 +133,14 @@ def _candidates() -> list[int]:
         return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
-def _mark(pid: int) -> str:
-    """The mark of a process; empty when it has none or its environment can't be read."""
+def _mark(pid: int) -> str | None:
+    """The mark of a process; empty when it has none. None when it has no environment, as in the midst of an exec."""
     try:
         entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
-        return ""
+        return ""  # another user's, or gone
+    if entries == [b""]:
+        return None
     found = next((entry for entry in entries if entry.startswith(_ENTRY)), b"")
     return os.fsdecode(found.removeprefix(_ENTRY))
 

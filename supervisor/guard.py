@@ -21,6 +21,8 @@ from typing import Final, Self
 SEARCH_S: Final = 1.0
 """What is killed may have started something in its last moment: how long is looked for more."""
 PAUSE_S: Final = 0.01
+CLEAN_ROUNDS: Final = 3
+"""A process shows no environment in the midst of an exec: so often in a row none must be found."""
 DISMISS_S: Final = 2.0
 
 
@@ -66,7 +68,9 @@ def _watch(mark: bytes) -> None:
     while os.read(0, 1):
         pass
     end = time.monotonic() + SEARCH_S
-    while _kill_marked(mark) and time.monotonic() < end:
+    clean = 0
+    while clean < CLEAN_ROUNDS and time.monotonic() < end:
+        clean = 0 if _kill_marked(mark) else clean + 1
         time.sleep(PAUSE_S)
 
 

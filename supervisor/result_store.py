@@ -24,11 +24,13 @@ import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from supervisor.journal import Journal
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 QUEUED_BYTES: Final = 64 * 1024 * 1024
 """What may wait for a slow disk; results beyond it are not kept on it."""
@@ -164,13 +166,13 @@ class ResultStore:
                         self._write(message)
                     self._done_bytes += len(message.message)
                 elif isinstance(message, _Read):
-                    message.reply.set_result(self._read(message.ticket))
+                    _answer(message.reply, self._read(message.ticket))
                 elif isinstance(message, _Stop):
                     stop = message
             self._note_arrivals(arrived)
         for journal in {*([self._own] if self._own else []), *(journal for journal, _ in self._places.values())}:
             journal.close()
-        stop.reply.set_result(None)
+        _answer(stop.reply, None)
 
     def _write(self, kept: _Keep) -> None:
         if self._own is None:
@@ -217,3 +219,9 @@ class ResultStore:
         if self._failing:
             log.info("results are kept on disk again")
         self._failing = False
+
+
+def _answer(reply: Future[T], value: T) -> None:
+    """To who waits for it, if that one still does."""
+    if reply.set_running_or_notify_cancel():
+        reply.set_result(value)

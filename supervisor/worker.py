@@ -28,6 +28,7 @@ from supervisor.registration import Registration
 from supervisor.residency import Residency
 from supervisor.result_store import ResultStore
 from supervisor.session import GaveUp, Session
+from supervisor.transport import StatusCode
 from supervisor.wiring import auth_settings, limits, open_transport, session_settings
 
 if TYPE_CHECKING:
@@ -155,7 +156,9 @@ class Worker:
         leaving = asyncio.ensure_future(
             self._pool.stop("the worker shuts down", 0 if self._forced.is_set() else LEAVE_S)
         )
-        if not session.done():
+        if not self._first_ready.is_set():
+            session.cancel()  # it has not dialed: there is no one to flush to
+        elif not session.done():
             await self._unless_forced(self._session.drain(FLUSH_S))
         self._session.stop()
         await asyncio.wait([session, leaving], timeout=FLUSH_S)
@@ -178,7 +181,8 @@ class Worker:
         if session.done() and not session.cancelled() and (error := session.exception()) is not None:
             log.critical("%s", error)
             if isinstance(error, GaveUp):
-                return ExitCode.SCHEDULER_UNREACHABLE
+                refused = error.status.code in (StatusCode.UNAUTHENTICATED, StatusCode.PERMISSION_DENIED)
+                return ExitCode.TOKEN_REFUSED if refused else ExitCode.SCHEDULER_UNREACHABLE
             if isinstance(error, AuthError):
                 return ExitCode.TOKEN_REFUSED
             raise error

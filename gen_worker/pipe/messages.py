@@ -23,8 +23,11 @@ import msgspec
 PIPE_PROTOCOL: Final = 1
 """Raised when a change breaks the other end; both ends compare it at start."""
 
-EVENT_OVERHEAD_BYTES: Final = 64
-"""What an event takes of its run's window beyond its payload: both ends count `len(payload)` and this."""
+EVENT_OVERHEAD_BYTES: Final = 256
+"""What an event takes of its run's window beyond its payload: both ends count `len(payload)` and this.
+
+It is what a tiny one costs the supervisor while it waits: the wire's message around it and the objects that hold that.
+"""
 
 ErrorType = Literal["validation", "retryable", "resource", "canceled", "fatal", "auth", "internal", "timeout"]
 """The error types that the scheduler knows."""

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from typing import Any
 
 import psutil
 import pytest
@@ -42,7 +43,7 @@ async def end(*handles: RunHandle) -> None:
 # -- a thousand at once ---------------------------------------------------------------------------
 
 
-async def thread_peak(worker: Chain, running: asyncio.Future[object]) -> int:
+async def thread_peak(worker: Chain, running: asyncio.Future[Any]) -> int:
     """The most threads that any process of the worker had while `running` was not done."""
     processes = [psutil.Process(worker.worker.pid), *worker.worker.executors()]
     peak = 0

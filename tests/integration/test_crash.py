@@ -77,9 +77,7 @@ async def test_each_death_is_answered_at_once_and_costs_no_other(
 
     died_at = time.monotonic()
     handle = await two.run(function, {"how": how})  # goes to the executor that is idle
-    assert_crashed(
-        await handle.result(), cause, f"pid {victim_pid}", "executor ", function, f"last words before {how}"
-    )
+    assert_crashed(await handle.result(), cause, f"pid {victim_pid}", "executor ", function, f"last words before {how}")
     assert handle.results[0].at - died_at < PROMPT_S
 
     await wait_for_executors(two.orchestrator, 2, since=died_at)  # the replacement serves
@@ -146,12 +144,12 @@ async def test_a_stream_that_is_cut_keeps_what_it_had(two: Chain) -> None:
     assert "output.completed" not in [event.type for event in stream.events]
 
 
-async def test_the_last_lines_survive_many_threads(two: Chain) -> None:
+async def test_the_last_lines_survive_many_threads() -> None:
     """A crash dump of all threads must not push the tenant's last words out of the message."""
-    others = [await two.run("sleep", {"seconds": 3}) for _ in range(100)]
-    deadly = await two.run("die", {"how": "null"})
-    assert_crashed(await deadly.result(), "last words before null", "Segmentation fault", "basic_functions.py", "_die")
-    await all_of(*(handle.result() for handle in others))
+    async with chain() as worker:
+        await all_of(*(worker.call("sleep", {"seconds": 0.3}) for _ in range(64)))
+        result = await worker.result("die", {"how": "null"})
+        assert_crashed(result, "last words before null", "Segmentation fault", "basic_functions.py", "_die")
 
 
 async def test_answers_given_before_the_death_are_delivered(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_ready_says_functions_and_versions() -> None:
         InjectionInfo("engine", "exec_functions.Engine", "deployment", "main"),
     )
     assert ready.versions["python"].startswith("3.")
-    assert ready.versions["torch"].startswith("2.")
+    assert ("torch" in ready.versions) == (find_spec("torch") is not None)
     assert ready.protocol == executor.init.protocol
 
 

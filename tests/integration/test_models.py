@@ -14,13 +14,17 @@ import pytest_asyncio
 
 from gen_worker.testing.mock_orchestrator import RunHandle
 from gen_worker.wire import worker_scheduler_pb2 as pb
-from tests.support.worker_process import WAIT_S, Chain, all_of, chain, wait_for_executors
+from tests.support.worker_process import Chain, all_of, chain, wait_for_executors
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 MINILM = "cozy:demo/all-minilm-l6-v2"
 LOADERS = json.dumps({"basic_functions.Configured": "basic_functions:load_configured"})
+
+
+IMPORT_S = 120.0
+"""For torch and transformers to be imported: seconds, but many on a machine that does much else."""
 
 
 def artifacts(root: Path, **models: dict[str, str]) -> str:
@@ -330,6 +334,7 @@ def minilm() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
+@pytest.mark.timeout(4 * IMPORT_S)
 async def test_a_real_model_and_its_tokenizer_serve_runs() -> None:
     """MiniLM by from_pretrained, from the files alone: the example project, as it is deployed."""
     env = {
@@ -338,9 +343,9 @@ async def test_a_real_model_and_its_tokenizer_serve_runs() -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }
     sentences = ["A cat sits on the mat.", "A kitten rests on a rug.", "The stock market fell sharply."]
-    async with chain(env=env, tenant=EXAMPLES / "embedding", modules="", ready="embed") as worker:
+    async with chain(env=env, tenant=EXAMPLES / "embedding", modules="", ready="embed", start_s=IMPORT_S) as worker:
         handle = await worker.run("embed", {"sentences": sentences})
-        output = await handle.output(WAIT_S)
+        output = await handle.output(IMPORT_S)
         vectors = output["vectors"]
         assert [len(vector) for vector in vectors] == [384] * 3
         assert similarity(vectors[0], vectors[0]) == pytest.approx(1.0, abs=1e-4)

@@ -188,19 +188,24 @@ async def test_heartbeats_come_on_their_beat_and_do_not_drift(gpus: Chain) -> No
     await gpus.orchestrator.wait_until(lambda: len(connection.registrations) >= seen + 5)
     registrations = connection.registrations
     assert [registration.is_heartbeat for registration in registrations] == [False] + [True] * (len(registrations) - 1)
-    gaps = [later.at - earlier.at for earlier, later in zip(registrations[seen:], registrations[seen + 1 :], strict=False)]
+    gaps = [
+        later.at - earlier.at for earlier, later in zip(registrations[seen:], registrations[seen + 1 :], strict=False)
+    ]
     assert sum(gaps) / len(gaps) == pytest.approx(BEAT_S, abs=0.05)
 
 
 async def test_heartbeats_keep_their_beat_while_functions_hold_their_interpreters() -> None:
-    """A drift would add up: the last of ten is as near to its place as the first."""
+    """A drift would add up, and a supervisor that waits for its executor would be late each time.
+
+    A busy machine may hold up this process or that one for a moment: two of ten beats may be late.
+    """
     env = {"HEARTBEAT_INTERVAL_SECONDS": str(BEAT_S)}
     async with chain(executors=1, env=env) as worker:
         spinning = [await worker.run("spin", {"seconds": 3.3}) for _ in range(8)]
         connection = worker.connection
         await worker.orchestrator.wait_until(lambda: len(connection.registrations) > 10)
         late = lateness(connection.registrations[:11], BEAT_S)
-        assert max(map(abs, late)) < 0.2, late
+        assert sum(abs(seconds) < 0.1 for seconds in late) >= 8, late
         assert not any(handle.done for handle in spinning)
         await all_of(*(handle.result(WAIT_S) for handle in spinning))
 

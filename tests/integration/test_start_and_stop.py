@@ -136,9 +136,12 @@ async def test_a_foreign_package_in_place_of_ours_is_named(
 
 
 async def test_a_tenants_own_folder_of_such_a_name_is_no_clash(tmp_path: Path) -> None:
-    folders = {name: "raise SystemExit('not ours')" for name in ("supervisor/__init__.py", "executor/__init__.py")}
+    folders = dict.fromkeys(("supervisor/__init__.py", "executor/__init__.py"), "raise SystemExit('not ours')")
     root = project(tmp_path, {"tenant_code.py": FUNCTION, **folders})
-    async with MockOrchestrator() as orchestrator, WorkerProcess(orchestrator.address, tenant=root, modules="tenant_code"):
+    async with (
+        MockOrchestrator() as orchestrator,
+        WorkerProcess(orchestrator.address, tenant=root, modules="tenant_code"),
+    ):
         connection = await orchestrator.wait_for_worker()
         assert connection.resources is not None
         assert list(connection.resources.available_functions) == ["f"]
@@ -253,7 +256,13 @@ def jwt_settings(jwks: str, token: str) -> dict[str, str]:
 
 
 async def test_a_token_that_the_jwks_does_not_confirm_is_never_shown_to_a_scheduler(jwks: str) -> None:
-    tokens = [token(exp=int(time.time()) - 60), token(OTHER_KEY), token(aud="others"), token(iss="them"), "no-jwt-at-all"]
+    tokens = [
+        token(exp=int(time.time()) - 60),
+        token(OTHER_KEY),
+        token(aud="others"),
+        token(iss="them"),
+        "no-jwt-at-all",
+    ]
     async with MockOrchestrator() as orchestrator:
         ends = await all_of(*(refused(orchestrator.address, env=jwt_settings(jwks, bad)) for bad in tokens))
         assert orchestrator.stream_count == 0
@@ -319,7 +328,9 @@ async def test_labels_of_the_project_name_its_models(tmp_path: Path) -> None:
     models = '[tool.cozy.models]\nsmall = "cozy:demo/small"\nother = "hf:demo/other"\n'
     root = project(tmp_path / "project", {"models_code.py": code, "pyproject.toml": f"[tool.cozy]\n{models}"})
     refs = json.loads(artifacts(tmp_path, small={}, other={}))
-    env = {"WORKER_MODEL_ARTIFACTS_JSON": json.dumps({"cozy:demo/small": refs["small"], "hf:demo/other": refs["other"]})}
+    env = {
+        "WORKER_MODEL_ARTIFACTS_JSON": json.dumps({"cozy:demo/small": refs["small"], "hf:demo/other": refs["other"]})
+    }
     for with_manifest in (False, True):
         if with_manifest:
             discover(root)
@@ -370,8 +381,7 @@ async def test_what_executors_print_is_in_the_log_line_by_line() -> None:
     async with chain() as worker:
         text = "one\n\ntwo\x1b[31m\tthree\rfour\nünï ✓ last"
         await worker.call("say", {"how": text})
-        last = await worker.worker.wait_for_log("[executor 0] ünï ✓ last")
-        assert last
+        await eventually(lambda: len(worker.worker.lines("[executor 0] ünï ✓ last")) == 2)
         assert len(worker.worker.lines("[executor 0] stdout: one")) == 1
         assert len(worker.worker.lines("[executor 0] stderr: one")) == 1
         assert not worker.worker.lines("\x1b")
@@ -461,7 +471,7 @@ async def test_what_outlasts_the_drain_time_is_answered_and_ended() -> None:
         chain(executors=2, env={"WORKER_DRAIN_TIMEOUT_SECONDS": "0.3"}) as worker,
         leaves_nothing_behind(worker),
     ):
-        handles = [await worker.started(name, {"seconds": 30}) for name in ("wait", "hold_gil", "swallow", "asleep")]
+        handles = [await worker.started(name, {"seconds": 30}) for name in ("wait", "asleep", "swallow", "hold_gil")]
         stopped_at = time.monotonic()
         await stopped(worker)
         for handle in handles:
@@ -486,11 +496,29 @@ async def test_a_scheduler_that_is_away_during_the_drain_gets_its_results_when_i
     async with chain() as worker, leaves_nothing_behind(worker):
         handle = await worker.started("wait_for_file", {"how": str(tmp_path / "go")})
         await worker.orchestrator.stop()
+        await worker.worker.wait_for_log("stream 1", "ended")
         await stopped(worker)
         (tmp_path / "go").touch()
         await worker.orchestrator.start()
         assert (await handle.output())["text"] == "seen"
         assert await worker.worker.exit_code() == ExitCode.OK
+
+
+@pytest.mark.xfail(reason="a drained session does not dial again when its last stream breaks unread", strict=True)
+async def test_a_stream_that_breaks_while_the_worker_leaves_takes_no_result_with_it() -> None:
+    """What went out and was not read is sent again on another stream, before the worker is gone."""
+    async with chain() as worker:
+        (executor,) = worker.worker.executors()
+        handle = await worker.started("wait", {"seconds": 0.2})
+        connection = worker.connection
+        connection.pause_reading()
+        worker.worker.signal(signal.SIGTERM)
+        # Executors leave once nothing runs; the result has gone out, and the worker waits until it is read.
+        await eventually(lambda: not is_alive(executor.pid))
+        connection.drop()
+        assert await worker.worker.exit_code() == ExitCode.OK
+        await worker.orchestrator.wait_until(lambda: not worker.orchestrator.connections)
+        assert handle.done
 
 
 async def test_a_stop_while_executors_start_leaves_nothing_behind() -> None:

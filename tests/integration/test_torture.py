@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from gen_worker.testing.torture.driver import Options, torture
+from gen_worker.testing.torture.driver import torture
+from gen_worker.testing.torture.options import Options
 from gen_worker.testing.torture.report import Report, render
 from tests.support.worker_process import TENANTS
 
-SHORT_SEEDS = (16,)
+SHORT_SEEDS = (53,)
 SHORT_S = 12.0
 SOAK_SEEDS = (101, 102)
 SOAK_S = 180.0
@@ -75,6 +76,7 @@ async def test_a_project_of_ones_own_and_a_guarantee_that_does_not_hold(tmp_path
     assert len(violations) == 1
     assert violations[0].startswith("VIOLATION memory: the executor took")
     assert f"reproduce with: gen-worker torture --seed 5 --minutes 0.08 --project {TENANTS / 'basic'}" in out
+    assert f"--payloads {payloads} --memory-mib 1\n" in out
     assert f"the worker's log: {log}" in out
     assert "seed 5: 3 executors serve" in err
 

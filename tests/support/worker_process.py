@@ -109,7 +109,7 @@ class WorkerProcess:
         """The lines of the log so far that hold all of `parts`."""
         return [line for line in self.log if all(part in line for part in parts)]
 
-    async def wait_for_log(self, *parts: str, timeout: float = WAIT_S) -> str:  # noqa: ASYNC109
+    async def wait_for_log(self, *parts: str, timeout: float = WAIT_S) -> str:
         """The first line that holds all of `parts`."""
         async with asyncio.timeout(timeout):
             while not (found := self.lines(*parts)):
@@ -120,7 +120,7 @@ class WorkerProcess:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    async def exit_code(self, timeout: float = WAIT_S) -> int:  # noqa: ASYNC109
+    async def exit_code(self, timeout: float = WAIT_S) -> int:
         """Wait for its end; the whole log is there after this."""
         async with asyncio.timeout(timeout):
             code = await self.process.wait()
@@ -210,9 +210,9 @@ class Chain:
 @contextlib.asynccontextmanager
 async def chain(
     *, executors: int = 1, env: Mapping[str, str] | None = None, tenant: str | Path = "basic",
-    modules: str = "basic_functions", ready: str = "one_at_a_time", **scheduler: Any,
+    modules: str = "basic_functions", ready: str = "one_at_a_time", start_s: float = WAIT_S, **scheduler: Any,
 ) -> AsyncIterator[Chain]:  # fmt: skip
-    """Start a chain. `scheduler` are MockOrchestrator's arguments.
+    """Start a chain; that must not take longer than `start_s`. `scheduler` are MockOrchestrator's arguments.
 
     It is given when all executors are ready, which the concurrency of the function `ready` tells: one per executor.
     At the end the worker must not have broken the protocol.
@@ -222,23 +222,22 @@ async def chain(
         MockOrchestrator(**scheduler) as orchestrator,
         WorkerProcess(orchestrator.address, tenant=tenant, modules=modules, env=env) as worker,
     ):
-        await worker.while_it_runs(wait_for_executors(orchestrator, executors, ready))
+        await worker.while_it_runs(wait_for_executors(orchestrator, executors, ready, timeout=start_s))
         yield Chain(orchestrator, worker)
         assert orchestrator.violations == []
 
 
 async def wait_for_executors(
-    orchestrator: MockOrchestrator, count: int, function: str = "one_at_a_time", *, since: float = 0.0
-) -> None:
+    orchestrator: MockOrchestrator, count: int, function: str = "one_at_a_time", *, since: float = 0.0,
+    timeout: float = WAIT_S,
+) -> None:  # fmt: skip
     """Wait until so many executors serve, as far as the scheduler is told; `since` is monotonic seconds."""
     await orchestrator.wait_for_registration(
-        lambda registration: registration.resources.function_concurrency.get(function, 0) == count, WAIT_S, since=since
+        lambda registration: registration.resources.function_concurrency.get(function, 0) == count, timeout, since=since
     )
 
 
-async def refused(
-    scheduler: str = "127.0.0.1:1", **options: Any
-) -> tuple[int, list[str]]:
+async def refused(scheduler: str = "127.0.0.1:1", **options: Any) -> tuple[int, list[str]]:
     """Start a worker that can't go on; its exit code and its log."""
     async with WorkerProcess(scheduler, **options) as worker:
         return await worker.exit_code(), worker.log
@@ -259,7 +258,7 @@ def _is_executor(process: psutil.Process) -> bool:
         return False
 
 
-async def eventually(check: Callable[[], object], timeout: float = WAIT_S, what: str = "") -> None:  # noqa: ASYNC109
+async def eventually(check: Callable[[], object], timeout: float = WAIT_S, what: str = "") -> None:
     """Wait until `check` is true; for states of other processes, which nothing announces to a test."""
     try:
         async with asyncio.timeout(timeout):

@@ -13,6 +13,7 @@ import pytest
 from gen_worker.pipe.arena import BLOB_THRESHOLD_BYTES, ArenaWriter
 from gen_worker.pipe.frames import FRAME_CAP_BYTES
 from gen_worker.pipe.messages import (
+    EVENT_OVERHEAD_BYTES,
     PIPE_PROTOCOL,
     Blob,
     Cancel,
@@ -31,7 +32,7 @@ from gen_worker.pipe.messages import (
 from gen_worker.pipe.messages import Run as RunMessage
 from gen_worker.wire import worker_scheduler_pb2 as pb
 from supervisor import executor_handle
-from supervisor.dispatcher import EVENT_OVERHEAD_BYTES, WINDOW_BYTES, WINDOW_MIN_BYTES, Limits
+from supervisor.dispatcher import WINDOW_BYTES, WINDOW_MIN_BYTES, Limits
 from supervisor.executor_handle import HandleState
 from tests.support.rig import Executor, Rig, function, until, use_recording_children
 

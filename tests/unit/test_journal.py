@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,13 +98,13 @@ def test_a_directory_that_another_starting_supervisor_takes_away_is_made_again(
 def test_a_lock_on_what_was_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tmp_path / "worker.1"
     directory.mkdir()
-    flock = module.fcntl.flock
+    flock = fcntl.flock
 
     def removed_before(fd: int, operation: int) -> None:
         directory.rmdir()
         flock(fd, operation)
 
-    monkeypatch.setattr(module.fcntl, "flock", removed_before)
+    monkeypatch.setattr(fcntl, "flock", removed_before)
     assert Journal.adopt(directory) is None
 
 
@@ -161,7 +161,7 @@ class FullDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.room = 10**9
         self._pwrite = os.pwrite
-        monkeypatch.setattr(module.os, "pwrite", self)
+        monkeypatch.setattr(os, "pwrite", self)
 
     def __call__(self, fd: int, data: memoryview, offset: int) -> int:
         if not self.room:

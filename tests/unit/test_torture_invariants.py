@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gen_worker.testing.torture.history import (
@@ -21,6 +22,7 @@ from gen_worker.testing.torture.history import (
     Writing,
 )
 from gen_worker.testing.torture.invariants import Bounds, accepted_runs, check, lit_seconds, unanswered
+from gen_worker.testing.torture.plan import LONG_TIMEOUT_MS
 from gen_worker.testing.torture.report import render, summarize
 from gen_worker.testing.torture.requests import BUSY, CRASHED, SUCCESS, Request
 
@@ -227,6 +229,12 @@ class TestOutcome:
         world.run(result(outcome))
         assert set(world.rules()) == {"outcome"}
 
+    def test_stuck(self, world: World) -> None:
+        run = world.run(result(failed("timeout"), at=31.5), timeout_ms=LONG_TIMEOUT_MS)
+        assert world.rules() == []
+        run.request = replace(run.request, brief=True)
+        assert world.rules() == ["outcome"]
+
     def test_what_was_asked_for(self, world: World) -> None:
         world.run(result(failed("canceled"))).cancels.append(1.5)
         world.run(result(failed("timeout"), at=11.1))
@@ -255,6 +263,7 @@ class TestTime:
         assert lit_seconds([], 7, 8) == 1
 
     @given(st.lists(st.floats(0, 100), max_size=12, unique=True), st.tuples(*[st.floats(0, 100)] * 3))
+    @settings(deadline=None)
     def test_lit_seconds_add_up(self, edges: list[float], cuts: tuple[float, float, float]) -> None:
         edges = sorted(edges)
         dark = [Interval(*pair) for pair in zip(edges[::2], edges[1::2], strict=False)]
@@ -281,6 +290,10 @@ def _too_much_memory(history: History) -> None:
     history.peaks = Peaks(supervisor_rss=BOUNDS.supervisor_rss + 1, executor_rss=BOUNDS.executor_rss)
 
 
+def _too_many_descriptors(history: History) -> None:
+    history.peaks = Peaks(fds_at_start=40, fds_at_end=41 + BOUNDS.more_fds)
+
+
 @pytest.mark.parametrize(
     ("spoil", "rule"),
     [
@@ -288,6 +301,7 @@ def _too_much_memory(history: History) -> None:
         (lambda history: history.offences.append("no registration"), "protocol"),
         (lambda history: history.trouble.append("exit code 1"), "process"),
         (_too_much_memory, "memory"),
+        (_too_many_descriptors, "descriptors"),
     ],
 )
 def test_what_concerns_no_run(world: World, spoil: Callable[[History], None], rule: str) -> None:

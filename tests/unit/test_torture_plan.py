@@ -37,7 +37,7 @@ seeds = st.integers(0, 2**32)
 
 
 @given(seeds, st.floats(1, 40), st.floats(1, 40))
-@settings(max_examples=30)
+@settings(max_examples=20, deadline=None)
 def test_one_seed_one_plan(seed: int, seconds: float, other: float) -> None:
     short, long = make_plan(seed, min(seconds, other)), make_plan(seed, max(seconds, other))
     assert make_plan(seed, short.seconds) == short
@@ -61,7 +61,7 @@ def test_everything_happens_sooner_or_later() -> None:
 
 
 @given(seeds)
-@settings(max_examples=20)
+@settings(max_examples=8, deadline=None)
 def test_executors_are_lost_in_storms_only(seed: int) -> None:
     losses = [
         action.at_s
@@ -75,6 +75,7 @@ def test_executors_are_lost_in_storms_only(seed: int) -> None:
 
 
 @given(seeds, st.booleans())
+@settings(deadline=None)
 def test_built_in_requests(seed: int, lethal: bool) -> None:
     request = BuiltIn().request(Random(seed), "a-run", lethal=lethal)
     assert request == BuiltIn().request(Random(seed), "a-run", lethal=lethal)

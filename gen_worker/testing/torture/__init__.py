@@ -9,6 +9,7 @@
     processes   the worker's processes: started, signalled, watched
     history     what was sent, what arrived, when nothing could arrive
     invariants  history -> violations (pure)
+    options     what is asked for, the worker's environment, the command to reproduce
     driver      one torture from start to report
 
 This module imports nothing: the worker's executors import the package for `functions`, and stay light.

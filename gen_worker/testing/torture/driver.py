@@ -13,22 +13,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import shlex
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from pathlib import Path
-from random import Random, SystemRandom
-from tempfile import TemporaryDirectory, gettempdir
-from typing import Any, Final, Self
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import Any, Final
 
 from gen_worker.errors import ValidationError
-from gen_worker.modules import find_modules
 from gen_worker.testing.torture import functions
 from gen_worker.testing.torture.faults import BACK_S, StreamFaults
 from gen_worker.testing.torture.history import History, Light, Run
 from gen_worker.testing.torture.invariants import Bounds, bound_of, check, unanswered
+from gen_worker.testing.torture.options import DRAIN_S, GRACE_S, Options, command_line, worker_environment
 from gen_worker.testing.torture.plan import LONG_TIMEOUT_MS, HurtProcess, HurtStream, Send, make_plan
 from gen_worker.testing.torture.processes import WorkerProcess
 from gen_worker.testing.torture.report import Report, summarize
@@ -46,57 +45,17 @@ from gen_worker.testing.torture.requests import (
 )
 from gen_worker.testing.torture.scheduler import Scheduler
 
-GRACE_S: Final = 1.0
-DRAIN_S: Final = 10.0
 START_S: Final = 120.0
 """A tenant's imports may take long."""
 ALL_BACK_S: Final = 75.0
 """For the longest wait before an executor is replaced (60 s), and its start."""
 PROGRESS_S: Final = 5.0
-DESCRIPTORS_SLACK: Final = 24
-"""What the supervisor may have more at the end than at the start; a leak of one per stream or executor is far more."""
 _WAITING_FAULTS: Final = 2
 """Stream faults that wait for their turn; further ones are left out."""
-_EXECUTORS: Final = 3
-DEFAULT_EXECUTOR_BYTES: Final = 200 * 2**20
 
 
 class WorkerDidNotStartError(ValidationError):
     """The worker never registered; the message has the end of its log."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """`project` None: the built-in functions. `executor_memory_bytes` 0: not judged."""
-
-    seed: int
-    seconds: float
-    log_file: Path
-    project: Path | None = None
-    payloads: Path | None = None
-    executor_memory_bytes: int = DEFAULT_EXECUTOR_BYTES
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        seed: int | None,
-        seconds: float,
-        project: Path | None,
-        payloads: Path | None,
-        log_file: Path | None,
-        executor_memory_mib: int,
-    ) -> Self:
-        """From what a person gave: a seed and a log file are made up when there is none."""
-        chosen = SystemRandom().getrandbits(32) if seed is None else seed
-        return cls(
-            seed=chosen,
-            seconds=seconds,
-            log_file=log_file or Path(gettempdir()) / f"gen-worker-torture-{chosen}.log",
-            project=project,
-            payloads=payloads,
-            executor_memory_bytes=executor_memory_mib * 2**20,
-        )
 
 
 async def torture(options: Options, say: Callable[[str], None]) -> Report:
@@ -109,9 +68,14 @@ async def torture(options: Options, say: Callable[[str], None]) -> Report:
     with TemporaryDirectory(prefix="torture-") as folder:
         async with Scheduler(history, light) as scheduler:
             cwd = options.project or Path(folder)
-            overrides = _environment(scheduler, options, Path(folder))
+            overrides = worker_environment(options, scheduler.addresses, Path(folder))
             worker = WorkerProcess(
-                history=history, light=light, cwd=cwd, overrides=overrides, log_file=options.log_file
+                history=history,
+                light=light,
+                cwd=cwd,
+                cwd_is_ours=options.project is None,
+                overrides=overrides,
+                log_file=options.log_file,
             )
             one = _Torture(options, history, light, scheduler, worker, given, say)
             try:
@@ -122,37 +86,6 @@ async def torture(options: Options, say: Callable[[str], None]) -> Report:
         if history.has_ledger:
             history.starts = _ledger(Path(folder) / functions.LEDGER)
         return one.judge()
-
-
-def _environment(scheduler: Scheduler, options: Options, folder: Path) -> dict[str, str]:
-    overrides = {
-        "SCHEDULER_ADDR": scheduler.addresses[0],
-        "SCHEDULER_ADDRS": scheduler.addresses[1],
-        **dict.fromkeys(("AUTH_TOKEN", "AUTH_TOKEN_FILE", "WORKER_JWT", "SCHEDULER_JWKS_URL", "USE_TLS"), ""),
-        "RECONNECT_DELAY": "0.1",
-        "RECONNECT_MAX_DELAY": "0.5",
-        "RECONNECT_JITTER_SECONDS": "0.05",
-        "HEARTBEAT_INTERVAL_SECONDS": "2",
-        "WORKER_ID": "tortured",
-        "WORKER_HTTP_ADDR": "",
-        "WORKER_RUN_DIR": str(folder / "run"),
-        "WORKER_EXECUTORS": str(_EXECUTORS),
-        "WORKER_CANCEL_GRACE_SECONDS": str(GRACE_S),
-        "WORKER_DRAIN_TIMEOUT_SECONDS": str(DRAIN_S),
-        "WORKER_MAX_CONCURRENCY": "0",
-        "WORKER_LOG_FORMAT": "json",
-        "WORKER_LOG_LEVEL": "info",
-    }
-    if options.project is None:
-        # Simulated devices: the same number of executors on every host, and none of them near a real GPU.
-        overrides |= {
-            "USER_MODULES": functions.__name__,
-            "WORKER_MANIFEST": "",
-            "WORKER_FAKE_GPU_COUNT": str(_EXECUTORS),
-        }
-    else:
-        overrides["USER_MODULES"] = ",".join(find_modules(options.project))
-    return overrides
 
 
 def _ledger(path: Path) -> dict[str, int]:
@@ -193,7 +126,6 @@ class _Torture:
         self._hurting: set[asyncio.Task[None]] = set()
         self._stream_faults_waiting = 0
         self._executors = 0
-        self._descriptors = 0
         self._began = time.monotonic()
 
     async def run(self) -> None:
@@ -221,7 +153,7 @@ class _Torture:
             faults=self._faults,
             executors_lost=max(0, self._worker.executors_seen - self._executors),
             violations=check(self._history, self._bounds),
-            reproduce=_command(self._options),
+            reproduce=command_line(self._options),
         )
 
     # -- 1 ------------------------------------------------------------------------------------------
@@ -243,7 +175,7 @@ class _Torture:
             self._workload = OwnFunctions(known)
         # All are spawned at once; the first that is ready makes the worker register.
         self._executors = len(self._worker.executors())
-        self._descriptors = self._worker.descriptors()
+        self._history.peaks.fds_at_start = self._worker.descriptors()
         self._say(f"seed {self._options.seed}: {self._executors} executors serve {len(known)} functions")
 
     # -- 2 ------------------------------------------------------------------------------------------
@@ -330,9 +262,7 @@ class _Torture:
                 self._history.trouble.append(
                     f"the worker does not serve at the end: {kind} of a {run.request.function}"
                 )
-        more = self._worker.descriptors() - self._descriptors
-        if more > DESCRIPTORS_SLACK:
-            self._history.trouble.append(f"the supervisor has {more} more descriptors at the end than at the start")
+        self._history.peaks.fds_at_end = self._worker.descriptors()
 
     def _probe(self, run_id: str) -> Request:
         return probe(run_id) if self._history.has_ledger else self._own_request(run_id)
@@ -367,14 +297,15 @@ async def _until(check: Callable[[], bool], within_s: float) -> None:
         await asyncio.sleep(0.05)
 
 
-def _command(options: Options) -> str:
-    words = ["gen-worker", "torture", "--seed", str(options.seed), "--minutes", f"{options.seconds / 60:g}"]
-    for name, path in (("--project", options.project), ("--payloads", options.payloads)):
-        if path is not None:
-            words += [name, str(path)]
-    return shlex.join(words)
-
-
 def run(options: Options, say: Callable[[str], None]) -> Report:
-    """`torture` on an event loop of its own."""
-    return asyncio.run(torture(options, say))
+    """`torture` on an event loop of its own. SIGTERM is a KeyboardInterrupt here: the worker must not be left alone."""
+
+    async def interruptible() -> Report:
+        task = asyncio.ensure_future(torture(options, say))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await task
+
+    try:
+        return asyncio.run(interruptible())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None

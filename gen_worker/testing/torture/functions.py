@@ -24,6 +24,7 @@ from gen_worker import ActionContext, ResourceRequirements, worker_function
 from gen_worker.errors import AuthError, FatalError, ResourceError, RetryableError, ValidationError
 
 LEDGER: Final = "torture-started"
+CHILD_PROGRAM: Final = "/bin/sleep"
 CHILD_S: Final = 3600
 """How long a process that a function left behind would live."""
 
@@ -49,6 +50,11 @@ class Part(msgspec.Struct):
 class Wait(msgspec.Struct):
     nonce: str
     seconds: float
+
+
+class Litter(msgspec.Struct):
+    nonce: str
+    escapes: bool
 
 
 class How(msgspec.Struct):
@@ -174,11 +180,15 @@ def torture_talk(ctx: ActionContext, payload: Parts) -> Done:
 
 
 @worker_function()
-def torture_litter(ctx: ActionContext, payload: Wait) -> Done:
-    """Leaves a process behind, which must not outlive its executor."""
+def torture_litter(ctx: ActionContext, payload: Litter) -> Done:
+    """Leaves a process behind, which must not outlive its executor, not even from a session of its own."""
     _begin(ctx)
     subprocess.Popen(  # noqa: S603
-        ["/bin/sleep", str(CHILD_S)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [CHILD_PROGRAM, str(CHILD_S)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=payload.escapes,
     )
     return Done(payload.nonce)
 

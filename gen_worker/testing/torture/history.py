@@ -94,6 +94,9 @@ class Peaks:
     supervisor_rss: int = 0
     executor_rss: int = 0
     supervisor_fds: int = 0
+    fds_at_start: int = 0
+    fds_at_end: int = 0
+    """In peace, with as many executors and streams as at the start."""
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from itertools import pairwise
 from typing import Final
 
 from gen_worker.testing.torture.history import Arrival, History, Interval, Outcome, Run, What
+from gen_worker.testing.torture.plan import LONG_TIMEOUT_MS
 from gen_worker.testing.torture.requests import BUSY, CRASHED, ERROR_TYPES, SUCCESS
 
 SAFE_MESSAGE_MAX_CHARS: Final = 500
@@ -38,6 +39,8 @@ class Bounds:
     supervisor_rss: int = 200 * 2**20
     executor_rss: int = 200 * 2**20
     """0: not judged."""
+    more_fds: int = 8
+    """What the supervisor may have more at the end than at the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ def check(history: History, bounds: Bounds) -> list[Violation]:
     ]
     for run in history.runs.values():
         found += [Violation("late", f"{_named(run)} {text}") for text in _lateness(run, history, bounds)]
-    found += _memory(history, bounds)
+    found += _resources(history, bounds)
     return found
 
 
@@ -205,9 +208,7 @@ def _improper(outcome: Outcome) -> Iterator[str]:
 def _unexpected(run: Run, result: Arrival, outcome: Outcome, history: History) -> str:
     """Why this can't have come of the run, or ""."""
     if outcome.kind == "timeout":
-        waited = result.at - min((writing.at for writing in run.writings), default=result.at)
-        early = waited < run.timeout_ms / 1000
-        return f"after {waited:.2f} s of {run.timeout_ms / 1000:g} s" if early else ""
+        return _wrong_timeout(run, result)
     if outcome.kind in run.request.outcomes:
         return ""
     match outcome.kind, outcome.safe_message:
@@ -223,6 +224,13 @@ def _unexpected(run: Run, result: Arrival, outcome: Outcome, history: History) -
         case _:
             objection = f"it may end {', '.join(sorted(run.request.outcomes))}; {outcome.error_message[:300]}"
     return objection
+
+
+def _wrong_timeout(run: Run, result: Arrival) -> str:
+    waited = result.at - min((writing.at for writing in run.writings), default=result.at)
+    if waited < run.timeout_ms / 1000:
+        return f"after {waited:.2f} s of {run.timeout_ms / 1000:g} s"
+    return "it was stuck: it takes seconds at most" if run.request.brief and run.timeout_ms >= LONG_TIMEOUT_MS else ""
 
 
 _PER_RUN: Final[dict[str, Callable[[Run, History], Iterator[str]]]] = {
@@ -267,10 +275,13 @@ def _lateness(run: Run, history: History, bounds: Bounds) -> Iterator[str]:
         yield f"ended {kind} after {waited:.1f} s in which results could come; its timeout is {run.timeout_ms} ms"
 
 
-def _memory(history: History, bounds: Bounds) -> Iterator[Violation]:
+def _resources(history: History, bounds: Bounds) -> Iterator[Violation]:
     for name, peak, bound in (
         ("supervisor", history.peaks.supervisor_rss, bounds.supervisor_rss),
         ("executor", history.peaks.executor_rss, bounds.executor_rss),
     ):
         if bound and peak > bound:
             yield Violation("memory", f"the {name} took {peak / 2**20:.0f} MiB, the bound is {bound / 2**20:.0f} MiB")
+    more = history.peaks.fds_at_end - history.peaks.fds_at_start
+    if more > bounds.more_fds:
+        yield Violation("descriptors", f"the supervisor has {more} more at the end than at the start")

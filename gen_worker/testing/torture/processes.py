@@ -1,7 +1,7 @@
 """The worker as processes: started, signalled, watched, and looked for when it should be gone.
 
 Owns: the supervisor's process and its log file, every executor process that was ever seen, and what sampling found:
-peaks of memory and descriptors, zombies that stay.
+peaks of memory and descriptors, zombies and orphans that stay.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import Final
 import msgspec
 import psutil
 
+from gen_worker.testing.torture import functions
 from gen_worker.testing.torture.history import History, Light
 from gen_worker.testing.torture.plan import HurtProcess, ProcessFault
 
 SAMPLE_S: Final = 0.4
-ZOMBIE_S: Final = 3.0
-"""A dead child may wait this long for its parent, which may be stopped or busy."""
+LINGER_S: Final = 3.0
+"""A dead child, or what a dead executor left behind, may wait this long for a supervisor that is busy."""
 _STOPPED: Final = "the supervisor is stopped"
 _SIGNALS: Final[Mapping[ProcessFault, signal.Signals]] = {
     ProcessFault.KILL: signal.SIGKILL,
@@ -47,19 +48,28 @@ class _Record(msgspec.Struct):
 
 
 class WorkerProcess:
-    """A supervisor and its executors. `overrides` go over the environment of this process."""
+    """A supervisor and its executors, in `cwd`. `overrides` go over the environment of this process."""
 
     def __init__(
-        self, *, history: History, light: Light, cwd: Path, overrides: Mapping[str, str], log_file: Path
+        self,
+        *,
+        history: History,
+        light: Light,
+        cwd: Path,
+        cwd_is_ours: bool,
+        overrides: Mapping[str, str],
+        log_file: Path,
     ) -> None:
         self._history = history
         self._light = light
-        self._cwd = cwd
+        self._cwd = cwd.resolve()
+        self._cwd_is_ours = cwd_is_ours
         # A worker's environment is its operator's, whose settings for models and stores must reach a tenant's project.
         self._env = {**os.environ, **overrides}  # noqa: TID251
         self.log_file = log_file
         self._seen: dict[int, psutil.Process] = {}
-        self._zombies: dict[int, float] = {}
+        self._lingers: dict[int, float] = {}
+        self._is_frozen = False
         self._expected_end = False
 
     async def start(self) -> None:
@@ -73,6 +83,7 @@ class WorkerProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C is for the driver, which ends the worker itself
             )
         self._supervisor = psutil.Process(self._process.pid)
 
@@ -125,9 +136,11 @@ class WorkerProcess:
 
     async def _freeze_supervisor(self, seconds: float) -> None:
         self._light.dim(_STOPPED, time.monotonic())
+        self._is_frozen = True
         try:
             await _freeze(self._supervisor, seconds)
         finally:
+            self._is_frozen = False
             self._light.brighten(_STOPPED, time.monotonic())
 
     # -- watching -----------------------------------------------------------------------------------
@@ -148,20 +161,28 @@ class WorkerProcess:
         for executor in self.executors():
             with contextlib.suppress(psutil.NoSuchProcess):
                 peaks.executor_rss = max(peaks.executor_rss, executor.memory_info().rss)
-        self._note_zombies()
+        self._note_lingering()
 
-    def _note_zombies(self) -> None:
-        now, zombies = time.monotonic(), set()
-        if not self._light.is_dark:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                zombies = {child.pid for child in self._supervisor.children() if _is_zombie(child)}
-        for pid in zombies:
-            since = self._zombies.setdefault(pid, now)
-            if now - since > ZOMBIE_S:
-                self._history.trouble.append(f"process {pid} has been a zombie for {now - since:.1f} s")
-                self._zombies[pid] = now
-        for pid in self._zombies.keys() - zombies:
-            del self._zombies[pid]
+    def _note_lingering(self) -> None:
+        """What a supervisor that is not hindered must get rid of."""
+        now = time.monotonic()
+        found = {} if self._is_frozen else dict(self._lingering())
+        for pid, what in found.items():
+            since = self._lingers.setdefault(pid, now)
+            if now - since > LINGER_S:
+                self._history.trouble.append(f"process {pid} {what} for {now - since:.1f} s")
+                self._lingers[pid] = now
+        for pid in self._lingers.keys() - found.keys():
+            del self._lingers[pid]
+
+    def _lingering(self) -> Iterator[tuple[int, str]]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in self._supervisor.children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if _is_zombie(child):
+                        yield child.pid, "has been a zombie"
+                    elif child.cmdline()[:1] == [functions.CHILD_PROGRAM]:
+                        yield child.pid, "has outlived its executor"
 
     def descriptors(self) -> int:
         """How many the supervisor has now."""
@@ -190,23 +211,27 @@ class WorkerProcess:
             self._history.trouble.append(f"{len(left)} processes are left: {'; '.join(left)}")
 
     def left_behind(self) -> list[psutil.Process]:
-        """What is alive of the executors, and of all that was started in their sessions."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                ours = process == self._seen.get(process.pid) or os.getsid(process.pid) in self._seen
-                if ours and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        """What is alive of the executors and of all that was started in them."""
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid in {os.getpid(), self._process.pid} or _is_zombie(process):
+                return False
+            if process == self._seen.get(process.pid) or os.getsid(process.pid) in self._seen:
+                return True
+            # What left its session is still where it was started, when nobody else has business there.
+            return self._cwd_is_ours and Path(process.cwd()) == self._cwd
+        return False  # it is gone, or another user's
 
     async def destroy(self) -> None:
         """Leave nothing behind, whatever happened."""
-        for process in self.left_behind():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
         if self.is_running:
             self._process.kill()
         await self._process.wait()
+        for process in self.left_behind():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def read_log(self) -> None:
         """Take what the supervisor itself says went wrong in it as trouble."""

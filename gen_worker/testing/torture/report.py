@@ -111,9 +111,11 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
         yield f"  {name}", str(count)
     yield "reconnects", str(max(0, report.streams - 1))
     yield "executors lost", str(report.executors_lost)
-    supervisor, executor = (rss / 2**20 for rss in (report.peaks.supervisor_rss, report.peaks.executor_rss))
+    peaks = report.peaks
+    supervisor, executor = (rss / 2**20 for rss in (peaks.supervisor_rss, peaks.executor_rss))
     yield "max memory", f"supervisor {supervisor:.0f} MiB, executor {executor:.0f} MiB"
-    yield "max descriptors", f"{report.peaks.supervisor_fds} in the supervisor"
+    fds = f"supervisor {peaks.supervisor_fds}; {peaks.fds_at_start} at the start, {peaks.fds_at_end} at the end"
+    yield "max descriptors", fds
     yield "lost", str(report.lost)
     yield "violations", str(len(report.violations))
 

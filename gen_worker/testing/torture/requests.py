@@ -44,6 +44,8 @@ class Request:
     incremental: bool = False
     timeout_ms: int | None = None
     """Instead of the plan's, for a request that must be stopped."""
+    brief: bool = False
+    """It ends by itself within seconds: the plan's long deadline is never what ends it."""
     steady: bool = False
     """Not to be canceled, nor given a short deadline."""
 
@@ -80,7 +82,7 @@ def short_rest(nonce: str) -> Request:
 
 def _ask(function: str, payload: msgspec.Struct, output: msgspec.Struct, **more: Any) -> Request:
     encode = msgspec.msgpack.encode
-    return Request(function, encode(payload), frozenset((SUCCESS,)), encode(output), **more)
+    return Request(function, encode(payload), frozenset((SUCCESS,)), encode(output), brief=True, **more)
 
 
 def _echo(rng: Random, nonce: str) -> Request:
@@ -96,7 +98,7 @@ def _large(rng: Random, nonce: str) -> Request:
 def _stream(rng: Random, nonce: str, count: int, size: int, pause_s: float) -> Request:
     payload = msgspec.msgpack.encode(functions.Parts(nonce, count, size, pause_s))
     function = rng.choice(("torture_count", "torture_acount"))
-    return Request(function, payload, frozenset((SUCCESS,)), b"", count, incremental=True)
+    return Request(function, payload, frozenset((SUCCESS,)), b"", count, incremental=True, brief=True)
 
 
 def _count(rng: Random, nonce: str) -> Request:
@@ -130,8 +132,9 @@ def _talk(rng: Random, nonce: str) -> Request:
     return _ask("torture_talk", parts, functions.Done(nonce))
 
 
-def _litter(_rng: Random, nonce: str) -> Request:
-    return _ask("torture_litter", functions.Wait(nonce, 0), functions.Done(nonce))
+def _litter(rng: Random, nonce: str) -> Request:
+    litter = functions.Litter(nonce, escapes=rng.choice((True, False)))
+    return _ask("torture_litter", litter, functions.Done(nonce))
 
 
 def _fail(rng: Random, nonce: str) -> Request:

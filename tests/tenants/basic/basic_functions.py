@@ -260,7 +260,7 @@ def swallow(ctx: ActionContext, payload: Seconds) -> Answer:
     while time.monotonic() < end:
         try:
             time.sleep(0.01)
-        except BaseException:  # noqa: BLE001, S110
+        except BaseException:  # noqa: BLE001
             pass
     return Answer(text="survived")
 
@@ -272,7 +272,7 @@ async def aswallow(ctx: ActionContext, payload: Seconds) -> Answer:
     while time.monotonic() < end:
         try:
             await asyncio.sleep(0.01)
-        except BaseException:  # noqa: BLE001, S110
+        except BaseException:  # noqa: BLE001
             pass
     return Answer(text="survived")
 
@@ -305,6 +305,7 @@ _SECRETS = (
     "GET https://user:hunter2@store.internal/a?sig=abc failed, token=supersecretvalue, see /srv/tenant/models/x.bin "
     "and hf_abcdefghijklmnopqrstuvwx"
 )
+
 
 def _group_of_one() -> ExceptionGroup:
     """What a TaskGroup makes of the one error of one of its tasks."""
@@ -346,7 +347,8 @@ _ERRORS: dict[str, Callable[[], BaseException]] = {
 
 
 def _fail(how: str) -> NoReturn:
-    raise _ERRORS[how]()
+    error = _ERRORS[how]()
+    raise error
 
 
 @worker_function()
@@ -448,7 +450,7 @@ def die_after_others(ctx: ActionContext, payload: How) -> Answer:
 @worker_function()
 def spawn_child(ctx: ActionContext, payload: Seconds) -> Answer:
     """Leaves a process behind."""
-    process = subprocess.Popen(["sleep", str(payload.seconds)])  # noqa: S603, S607
+    process = subprocess.Popen(["sleep", str(payload.seconds)])
     return Answer(pid=process.pid)
 
 

@@ -89,6 +89,7 @@ def look_around(ctx: ActionContext, payload: Nothing) -> Circumstances:
 @worker_function()
 def hold_gil(ctx: ActionContext, payload: Nothing) -> Process:
     ctx.emit("started", {"pid": os.getpid()})
+    time.sleep(0.05)  # another thread may have the turn to write what was said, and needs the interpreter for it
     ctypes.PyDLL(None).usleep(ctypes.c_uint(30_000_000))
     return Process(os.getpid())
 

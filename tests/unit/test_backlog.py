@@ -1,0 +1,155 @@
+"""When the scheduler is read no further, and when its runs are refused instead."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from supervisor import backlog as module
+from supervisor.backlog import ANSWERS_BYTES, RUNS_BYTES, Backlog
+from tests.support.rig import Rig, function, use_recording_children
+
+HALF = RUNS_BYTES // 2
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time() -> Time:
+    return Time()
+
+
+@pytest.fixture
+def backlog(time: Time) -> Backlog:
+    return Backlog(time)
+
+
+async def is_waiting(task: asyncio.Future[None]) -> bool:
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return not task.done()
+
+
+async def test_runs_that_wait_stop_the_reading_until_one_leaves(backlog: Backlog) -> None:
+    backlog.run_waits(HALF)
+    assert not backlog.full
+    await backlog.room()
+    backlog.run_waits(HALF)
+    assert backlog.full
+    room = asyncio.ensure_future(backlog.room())
+    assert await is_waiting(room)
+    backlog.run_left(HALF)
+    await asyncio.wait_for(room, 5)
+    assert not backlog.full
+
+
+def test_tiny_runs_count_too(backlog: Backlog) -> None:
+    for _ in range(RUNS_BYTES // module.RUN_OVERHEAD_BYTES + 1):
+        backlog.run_waits(0)
+    assert backlog.full
+
+
+async def test_answers_that_wait_stop_the_reading_however_long(
+    backlog: Backlog, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STALL_S", 0.0)
+    backlog.answer_waits(ANSWERS_BYTES + 1)
+    backlog.run_waits(3 * HALF)
+    time.now += 1000
+    room, more = asyncio.ensure_future(backlog.room()), asyncio.ensure_future(backlog.room_for_answers())
+    assert await is_waiting(room)
+    assert await is_waiting(more)
+    assert not backlog.refuses
+    backlog.run_left(3 * HALF)
+    assert await is_waiting(room)
+    backlog.answer_left(1)
+    await asyncio.wait_for(room, 5)
+    await asyncio.wait_for(more, 5)
+
+
+async def test_a_standstill_ends_in_refusals_not_in_silence(
+    backlog: Backlog, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STALL_S", 0.02)
+    backlog.run_waits(HALF)
+    backlog.run_waits(HALF)
+    time.now += 5  # nobody waited for room: this does not count
+    room = asyncio.ensure_future(backlog.room())
+    assert await is_waiting(room)
+    await asyncio.wait_for(room, 5)
+    assert backlog.refuses
+    assert not backlog.full
+    backlog.run_left(HALF)
+    assert not backlog.refuses
+    backlog.run_waits(HALF)
+    assert backlog.full, "and it begins anew"
+
+
+async def test_progress_is_no_standstill(backlog: Backlog, time: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STALL_S", 0.02)
+    backlog.run_waits(2 * HALF)
+    backlog.run_waits(0)
+    room = asyncio.ensure_future(backlog.room())
+    for _ in range(20):
+        time.now += 0.01
+        backlog.run_left(0)
+        backlog.run_waits(0)
+        await asyncio.sleep(0.003)
+    assert not room.done()
+    assert not backlog.refuses
+    room.cancel()
+
+
+# -- in the dispatcher --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _children(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_recording_children(monkeypatch.setattr)
+
+
+@pytest.mark.usefixtures("_children")
+async def test_the_dispatcher_counts_what_waits_and_nothing_else() -> None:
+    rig = Rig([function("f", limit=1)])
+    backlog = rig.dispatcher.backlog
+    for number in range(4):
+        rig.submit(f"r{number}", payload=b"x" * 1000)
+    assert backlog._runs_bytes == 3 * (1000 + module.RUN_OVERHEAD_BYTES)
+    rig.executors[0].succeed("r0")
+    assert backlog._runs_bytes == 2 * (1000 + module.RUN_OVERHEAD_BYTES)
+    rig.dispatcher.cancel("r3")
+    rig.dispatcher.cancel("r1")
+    assert backlog._runs_bytes == 1000 + module.RUN_OVERHEAD_BYTES
+    rig.executors[0].die()
+    rig.dispatcher.drain()
+    assert backlog._runs_bytes == 0
+    assert backlog._answers_bytes > 0
+    rig.messages()
+    assert backlog._answers_bytes == 0
+    rig.dispatcher.outbox.stream_closed()
+    assert backlog._answers_bytes > 0
+    rig.messages()
+    assert backlog._answers_bytes == 0
+    rig.close()
+
+
+@pytest.mark.usefixtures("_children")
+async def test_while_nothing_moves_further_runs_are_answered_busy() -> None:
+    rig = Rig([function("f", limit=1)])
+    rig.submit("running")
+    rig.submit("waits")
+    rig.dispatcher.backlog._refuse()
+    rig.submit("one too many")
+    assert rig.results()["one too many"].safe_message == "worker busy"
+    assert rig.executors[0].runs == ["running"]
+    rig.executors[0].succeed("running")
+    rig.submit("welcome")
+    assert set(rig.results()) == {"running"}
+    rig.close()
