@@ -31,11 +31,10 @@ COPY executor executor
 RUN pip install .
 
 FROM python:${PYTHON_VERSION}-slim
-# tini reaps what tenant code leaves behind and passes SIGTERM on to the supervisor, which then drains.
-RUN apt-get update && apt-get install -y --no-install-recommends tini && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 worker
 COPY --from=build /opt/worker /opt/worker
 ENV PATH=/opt/worker/bin:$PATH PYTHONUNBUFFERED=1
 USER worker
 WORKDIR /app
-ENTRYPOINT ["tini", "--", "gen-worker-supervisor"]
+# No init in front of it: the supervisor reaps and drains as PID 1, and an init would keep its environment readable.
+ENTRYPOINT ["gen-worker-supervisor"]

@@ -93,7 +93,7 @@ class ActiveRun:
             self.events.close()
         self._answer(Result(self.message.key, output))
 
-    def fail(self, error: BaseException) -> Failure:
+    def fail(self, error: BaseException, *, poisoned: bool = False) -> Failure:
         """Answer with what went wrong, and say so in the stream of an incremental run that had begun."""
         failure = self._failure_of(error)
         drop_frames(error)
@@ -102,7 +102,7 @@ class ActiveRun:
             self.events.close(("output.error", msgspec.json.encode(said)))
         else:
             self.events.close()
-        self._answer(Result(self.message.key, b"", failure))
+        self._answer(Result(self.message.key, b"", failure, poisoned))
         return failure
 
     def _failure_of(self, error: BaseException) -> Failure:

@@ -8,11 +8,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from executor.blobs import Blobs
 from executor.cuda_faults import is_poisoned
@@ -30,6 +31,10 @@ class Limits:
     output_bytes: int
     delta_bytes: int
     delta_events: int
+
+
+TURN_DELTAS: Final = 16
+"""An async generator that never waits for anything still lets others have the event loop after so many."""
 
 
 class Models(Protocol):
@@ -130,6 +135,8 @@ class Runner:
             async for delta in deltas:
                 count += 1
                 await run.events.put_async("output.delta", self._encode_delta(run, delta, count))
+                if not count % TURN_DELTAS:
+                    await asyncio.sleep(0)
                 if context.is_canceled():
                     raise RunCanceled
         finally:
@@ -207,6 +214,6 @@ class Runner:
         elif is_poisoned(error):
             poisoned = PoisonedError("the device failed")
             poisoned.__cause__ = error
-            self._end.poisoned(run.spec.qualified_name, run.fail(poisoned))
+            self._end.poisoned(run.spec.qualified_name, run.fail(poisoned, poisoned=True))
         else:
             run.fail(error)

@@ -23,7 +23,8 @@ from gen_worker.errors import ValidationError
 from gen_worker.pipe.messages import CancelCause
 from gen_worker.types import Asset
 
-_OWN_EVENT_PREFIX = "output."
+_OWN_EVENTS = frozenset(("output.delta", "output.completed", "output.error"))
+"""What the worker itself sends of an incremental run."""
 
 
 class RunHost(Protocol):
@@ -147,8 +148,8 @@ class ActionContext:
 
     def emit(self, event_type: str, payload: Any) -> None:
         """Send an event of the function's own. Raises ValidationError for a bad type or a payload that is not JSON."""
-        if not event_type or event_type.startswith(_OWN_EVENT_PREFIX):
-            message = f"event type {event_type!r} can't be emitted: it must not be empty nor begin with 'output.'"
+        if not event_type or event_type in _OWN_EVENTS:
+            message = f"event type {event_type!r} can't be emitted: it must not be empty nor one that the worker sends"
             raise ValidationError(message)
         self._send(event_type, payload)
 

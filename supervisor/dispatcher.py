@@ -156,7 +156,9 @@ class Dispatcher:
     # -- from the executors (HandleEvents) ----------------------------------------------------
 
     def executor_ready(self, handle: ExecutorHandle) -> None:
-        self.functions.update(handle.functions)
+        # Realtime handlers are not served by this version, so they are not offered.
+        served = {name: info for name, info in handle.functions.items() if info.mode != "websocket"}
+        self.functions.update(served)
         log.info("executor %s is ready: %s", handle.name, ", ".join(sorted(handle.functions)))
         self._changed()
         self.lanes.pump()
@@ -164,6 +166,10 @@ class Dispatcher:
     def executor_writable(self, handle: ExecutorHandle) -> None:
         log.debug("executor %s reads again", handle.name)
         self.lanes.pump()
+
+    def executor_draining(self, handle: ExecutorHandle) -> None:
+        log.debug("executor %s takes no more runs", handle.name)
+        self._changed()
 
     def run_event(self, handle: ExecutorHandle, event: Event) -> None:
         run = self._run_of(handle, event.key)
@@ -180,6 +186,9 @@ class Dispatcher:
             # What a canceled function made of its cancel is its own affair; the scheduler gets the cause.
             detail = result.failure.detail if result.failure else "its function ended after it was canceled"
             self._finish(run, run.failure_of_cancel(detail))
+        elif result.poisoned:
+            self._strike(run)
+            self._finish(run, result.failure)
         else:
             self._quarantine.clear(run.fingerprint)
             self._finish(run, result.failure, output)
@@ -219,7 +228,9 @@ class Dispatcher:
             if run.state is RunState.CANCELING:
                 self._finish(run, run.failure_of_cancel(ended))
                 continue
-            detail = f"{ended} while it ran {run.function}{self._strike(handle, run)}; last lines:\n{lines}"
+            # An end that this supervisor made proves nothing, and a poisoned device was another run's doing.
+            proof = "" if handle.was_killed or handle.poisoned else self._strike(run)
+            detail = f"{ended} while it ran {run.function}{proof}; last lines:\n{lines}"
             self._finish(run, runs.crashed(detail))
         if loading:
             detail = f"{ended} while it loaded {', '.join(sorted(key[0] for key in loading))}; last lines:\n{lines}"
@@ -308,10 +319,8 @@ class Dispatcher:
         for run in self.lanes.stranded(keys):
             self._finish(run, failure)
 
-    def _strike(self, handle: ExecutorHandle, run: Run) -> str:
-        """Remember what an executor died under; an end that this supervisor made proves nothing. For the message."""
-        if handle.was_killed:
-            return ""
+    def _strike(self, run: Run) -> str:
+        """Remember what an executor died under. Returns words for the message."""
         strikes = self._quarantine.strike(run.fingerprint)
         if strikes >= STRIKES:
             log.error(
@@ -332,8 +341,9 @@ class Dispatcher:
             self.backlog.run_left(waiting_bytes)
         self.outbox.put_result(run.key, encode_result(run.run_id, output, failure))
         if failure is not None:
+            words = (failure.detail or failure.safe_message).partition("\n")[0]
             log.info(
-                "%s ended %s: %s", run.function, failure.error_type, failure.detail or failure.safe_message,
+                "%s ended %s: %s", run.function, failure.error_type, words,
                 extra={"run_id": run.run_id, "executor": run.handle.name if run.handle else None},
             )  # fmt: skip
         del self._active[run.run_id], self._by_key[run.key]

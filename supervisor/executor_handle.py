@@ -16,8 +16,10 @@ from enum import Enum
 from typing import Final, Protocol
 
 from gen_worker.pipe.arena import BLOB_THRESHOLD_BYTES, ArenaError
+from gen_worker.pipe.frames import FrameError
 from gen_worker.pipe.messages import (
     PIPE_PROTOCOL,
+    Blob,
     Cancel,
     CancelCause,
     Credit,
@@ -74,6 +76,7 @@ class HandleEvents(Protocol):
 
     def executor_ready(self, handle: ExecutorHandle) -> None: ...
     def executor_writable(self, handle: ExecutorHandle) -> None: ...
+    def executor_draining(self, handle: ExecutorHandle) -> None: ...
     def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None: ...
     def run_event(self, handle: ExecutorHandle, event: Event) -> None: ...
     def run_result(self, handle: ExecutorHandle, result: Result, output: bytes) -> None: ...
@@ -95,10 +98,13 @@ class ExecutorHandle:
         """What it said before it left, if it did."""
         self.was_killed = False
         """Whether this supervisor ended it, for a deadline, a cancel or its own end."""
+        self.poisoned = False
+        """Whether one of its runs cost it the device context."""
         self.runs: dict[int, Run] = {}
         """The runs it has, by key."""
         self._threads = threads
         self._thread_runs = 0
+        self._leaving: asyncio.TimerHandle | None = None
         self._running: Counter[str] = Counter()
         self._events = events
         self._output = OutputLog(self.name)
@@ -173,11 +179,16 @@ class ExecutorHandle:
             run.key, run.run_id, run.function, where, dict(run.models),
             run.timeout_ms, deadline, run.tenant_id, run.user_id, window,
         )  # fmt: skip
+        try:
+            self._send(message)
+        except FrameError:
+            if isinstance(where, Blob):
+                self._child.arena_down.free(where.offset)
+            raise
         self.runs[run.key] = run
         self._running[run.function] += 1
         if _takes_thread(self.functions[run.function]):
             self._thread_runs += 1
-        self._send(message)
 
     def release(self, run: Run) -> None:
         """The run has ended: its place is free."""
@@ -209,16 +220,29 @@ class ExecutorHandle:
         if self.state is not HandleState.DEAD:
             self._child.send(encode(message))
 
+    def _break(self, reason: str) -> None:
+        """End an executor that broke its side of the pipe; unlike a kill, that counts against its runs."""
+        self.drain()
+        self._child.kill(reason)
+
+    def _leaves(self) -> None:
+        """It said that it can't serve: it takes no more runs, and is helped when it stays."""
+        if self._leaving is None:
+            self.drain()
+            loop = asyncio.get_running_loop()
+            self._leaving = loop.call_later(LEAVE_S, self.kill, "it stayed after it said that it leaves")
+            self._events.executor_draining(self)
+
     def _on_frame(self, body: bytes) -> None:
         try:
             message = decode_upward(body)
         except ValueError as error:  # msgspec's errors and UnicodeDecodeError
-            self.kill(f"it sent a message that is not one: {error}")
+            self._break(f"it sent a message that is not one: {error}")
             return
         try:
             self._handle(message)
         except ArenaError as error:
-            self.kill(f"it broke its shared memory: {error}")
+            self._break(f"it broke its shared memory: {error}")
 
     def _handle(self, message: Upward) -> None:
         match message:
@@ -236,10 +260,12 @@ class ExecutorHandle:
                 self._events.model_unloaded(self, message)
             case Fatal():
                 self.fatal = message
-                self.drain()
-                asyncio.get_running_loop().call_later(LEAVE_S, self.kill, "it stayed after it said that it leaves")
+                self._leaves()
 
     def _result(self, result: Result) -> None:
+        if result.poisoned:
+            self.poisoned = True
+            self._leaves()  # before the result frees a place that would be given to the next run
         output = result.output
         if isinstance(output, bytes):
             self._events.run_result(self, result, output)

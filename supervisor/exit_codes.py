@@ -26,6 +26,7 @@ class ExitCode(IntEnum):
     NO_FUNCTIONS = 4, "The tenant's modules define no worker function; check USER_MODULES and the manifest."
     PACKAGE_CLASH = 5, "Another distribution installed a package of ours; the log says which one to remove."
     FORCED_STOP = 6, "A second signal came while draining: running tasks were cut off, results may be undelivered."
+    UNDELIVERED = 7, "Stopped as asked, but no scheduler took the last results in time; see WORKER_OUTBOX_DIR."
     USAGE = 64, "Unknown command-line argument; see --help."
     SCHEDULER_UNREACHABLE = 69, "MAX_RECONNECT_ATTEMPTS dials in a row failed; check SCHEDULER_ADDR and the network."
     INTERNAL = 70, "A defect in the worker; the log has the traceback."

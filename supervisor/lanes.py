@@ -70,7 +70,7 @@ class Lanes:
             if lane is not None:
                 lane.waiting.pop(run.key, None)
         if run.alone:
-            self._reserved = {handle: key for handle, key in self._reserved.items() if key != run.key}
+            self._release(run)
 
     def forget(self, handle: ExecutorHandle) -> None:
         """The executor is gone."""
@@ -119,9 +119,15 @@ class Lanes:
         chosen = min(hot, key=load_of)
         if not run.alone:
             return chosen
-        chosen = next((handle for handle in hot if handle in self._reserved), chosen)
+        if chosen.load:  # none is empty: stay with the one that is already running empty for it
+            chosen = next((handle for handle in hot if handle in self._reserved), chosen)
+        self._release(run)
         self._reserved[chosen] = run.key
         return None if chosen.load else chosen
+
+    def _release(self, run: Run) -> None:
+        """No executor is reserved for it any more."""
+        self._reserved = {handle: key for handle, key in self._reserved.items() if key != run.key}
 
     def _load_for(self, lane: _Lane, able: Sequence[ExecutorHandle]) -> None:
         """Start a load when those that load the models already will not have room for all who wait.

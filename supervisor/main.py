@@ -6,6 +6,7 @@ there is one line on stderr and a named exit code.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -74,6 +75,8 @@ def _run(settings: Settings, environ: Mapping[str, str], place: ExecutorPlace, l
     except ProjectError as error:
         log.critical("%s", error)
         return ExitCode.CONFIG
+
+    settings = dataclasses.replace(settings, deployment_id=settings.deployment_id or tenant.deployment)
 
     async def serve() -> ExitCode:
         return await Worker(settings, environ, tenant, place, logs.add_secrets).run()

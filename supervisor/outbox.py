@@ -9,8 +9,8 @@ batches and says what went out; when a stream ends, what may have been lost with
 3. What an event weighed is credited back to its run when the event went out: an executor has only a window of
    bytes under way per run, which bounds this object while no one reads.
 4. The protocol has no acknowledgements. A result that went out is retained, and sent again on the next stream
-   (the scheduler drops duplicates by run_id), until it is known to have arrived: DELIVERED_BYTES have followed
-   it, more than a connection can hold, or the stream outlived it by DELIVERED_S, longer than keepalive
+   (the scheduler drops duplicates by run_id), until it is known to have arrived: DELIVERED_BYTES or DELIVERED_RESULTS
+   have followed it, more than a connection can hold, or the stream outlived it by DELIVERED_S, longer than keepalive
    takes to find a dead peer.
 5. A Keeper, when there is one, has every result from when it is put until it is known to have arrived.
 """
@@ -29,8 +29,11 @@ BATCH_BYTES: Final = 256 * 1024
 TURN_BYTES: Final = 16 * 1024
 """What one run's events may put into a batch before the next run's turn."""
 
-DELIVERED_BYTES: Final = 8 * 1024 * 1024
-"""Socket buffers of both ends and HTTP/2 windows together hold less."""
+DELIVERED_BYTES: Final = 64 * 1024 * 1024
+"""Socket buffers of both ends and HTTP/2 windows together hold less, also with windows far above the usual."""
+DELIVERED_RESULTS: Final = 20_000
+"""The same for tiny results, of which the bytes above would be a heap of objects: more than a scheduler that
+does not read has runs under way with one worker."""
 DELIVERED_S: Final = 60.0
 """Twice what keepalive (20 s, then 10 s for the answer) needs to notice a broken connection."""
 _OVERHEAD_BYTES: Final = 256
@@ -199,7 +202,7 @@ class Outbox:
         taken, self._taken = self._taken, []
         now = self._clock()
         for item in taken[:count]:
-            self._sent_bytes += len(item.data) + _OVERHEAD_BYTES
+            self._sent_bytes += len(item.data)
             if item.answer is not None:
                 self._backlog.answer_left(len(item.data) + _OVERHEAD_BYTES)
                 if item.answer.ticket is not None:
@@ -282,11 +285,16 @@ class Outbox:
                 queue.result = None
 
     def forget_delivered(self) -> None:
-        """Let go of the results that are known to have arrived by now."""
+        """Let go of the results that are known to have arrived by now.
+
+        Time proves nothing while a batch is stuck: a scheduler's library answers pings that its program never sees.
+        """
         now = self._clock()
         retained = self._retained
         while retained and (
-            self._sent_bytes - retained[0].mark >= DELIVERED_BYTES or now - retained[0].sent_at >= DELIVERED_S
+            self._sent_bytes - retained[0].mark >= DELIVERED_BYTES
+            or len(retained) > DELIVERED_RESULTS
+            or (not self._taken and now - retained[0].sent_at >= DELIVERED_S)
         ):
             ticket = retained.popleft().result.ticket
             if ticket is not None:

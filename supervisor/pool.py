@@ -194,6 +194,7 @@ class _SlotEvents:
         events = pool._events  # noqa: SLF001  (one object in two halves)
         self.executor_ready = events.executor_ready
         self.executor_writable = events.executor_writable
+        self.executor_draining = events.executor_draining
         self.run_event = events.run_event
         self.run_result = events.run_result
         self.model_loaded = events.model_loaded

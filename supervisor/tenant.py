@@ -20,10 +20,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Modules to import, in order, and label -> ref."""
+    """Modules to import, in order; label -> ref; the deployment id, "" when the project has none."""
 
     modules: tuple[str, ...]
     models: Mapping[str, str] = field(default_factory=dict)
+    deployment: str = ""
 
 
 def find_tenant(settings: Settings, root: Path) -> Tenant:
@@ -32,6 +33,18 @@ def find_tenant(settings: Settings, root: Path) -> Tenant:
     if manifest is not None:
         log.info("functions and models as in %s", manifest)
         found = load_manifest(root / manifest)
-        return Tenant(found.modules, found.models)
-    has_project = (root / "pyproject.toml").is_file() and "[tool.cozy" in (root / "pyproject.toml").read_text()
-    return Tenant(settings.user_modules, load_project(root).models if has_project else {})
+        return Tenant(found.modules, found.models, found.deployment or "")
+    if not _has_project(root / "pyproject.toml"):
+        return Tenant(settings.user_modules)
+    project = load_project(root)
+    return Tenant(settings.user_modules, project.models, project.deployment or "")
+
+
+def _has_project(path: Path) -> bool:
+    """Whether there is a `[tool.cozy]` to read. One that can't be read is for load_project to say."""
+    try:
+        return b"[tool.cozy" in path.read_bytes()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True

@@ -100,6 +100,7 @@ class Worker:
         )
         self._events: asyncio.Queue[str] = asyncio.Queue()
         self._signals = 0
+        self._undelivered = 0
         self._first_ready = asyncio.Event()
         self._forced = asyncio.Event()
 
@@ -137,10 +138,9 @@ class Worker:
 
     async def _deliver_kept(self) -> None:
         """Results of dead supervisors go first; and a quiet stream proves by time that results have arrived."""
-        if self._store is None:
-            return
         outbox = self._dispatcher.outbox
-        await self._store.hand_over(outbox.put_kept, self._dispatcher.backlog.room_for_answers)
+        if self._store is not None:
+            await self._store.hand_over(outbox.put_kept, self._dispatcher.backlog.room_for_answers)
         while True:
             await asyncio.sleep(DELIVERED_S / 4)
             outbox.forget_delivered()
@@ -160,6 +160,7 @@ class Worker:
             session.cancel()  # it has not dialed: there is no one to flush to
         elif not session.done():
             await self._unless_forced(self._session.drain(FLUSH_S))
+        self._undelivered = self._dispatcher.outbox.depth
         self._session.stop()
         await asyncio.wait([session, leaving], timeout=FLUSH_S)
         session.cancel()
@@ -189,6 +190,14 @@ class Worker:
         if not self._signals and not self._pool.open_slots:
             log.critical("no executor is left: %s", self._pool.last_failure)
             return ExitCode.NO_FUNCTIONS if self._pool.last_reason == "no_functions" else ExitCode.BOOT_FAILED
+        if self._undelivered and self._store is None:
+            log.critical(
+                "%d messages were not delivered: no scheduler took them within %g s; "
+                "with WORKER_OUTBOX_DIR the next worker would deliver the results",
+                self._undelivered,
+                FLUSH_S,
+            )
+            return ExitCode.UNDELIVERED
         return ExitCode.OK
 
     def _on_signal(self, number: signal.Signals) -> None:

@@ -175,6 +175,8 @@ class Result(msgspec.Struct, frozen=True, array_like=True, tag=22):
     key: int
     output: Payload = b""
     failure: Failure | None = None
+    poisoned: bool = False
+    """This run cost the executor its device context: it takes no other and leaves."""
 
 
 class ModelLoaded(msgspec.Struct, frozen=True, array_like=True, tag=23):

@@ -63,6 +63,7 @@ DEATHS = [
     ("die", "garbage", "it sent garbage on its pipe"),
     ("die", "nonsense", "it sent a message that is not one"),
     ("die", "close_pipe", "exited with code 4"),
+    ("die", "shut_pipe", "exited with code 4"),
 ]
 
 

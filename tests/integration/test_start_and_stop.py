@@ -433,7 +433,7 @@ async def test_an_idle_worker_stops_at_once(number: signal.Signals) -> None:
     async with chain(executors=2) as worker, leaves_nothing_behind(worker):
         connection = worker.connection
         worker.worker.signal(number)
-        assert await worker.worker.exit_code(5) == ExitCode.OK
+        assert await worker.worker.exit_code(8) == ExitCode.OK
         assert (await connection.wait_ended()).by is EndedBy.WORKER
         assert not worker.worker.lines(" ERROR ")
 
@@ -442,7 +442,7 @@ async def test_a_worker_without_a_scheduler_stops_at_once() -> None:
     async with WorkerProcess(NOWHERE) as worker:
         await worker.wait_for_log("no stream to")
         worker.signal(signal.SIGTERM)
-        assert await worker.exit_code(5) == ExitCode.OK
+        assert await worker.exit_code(8) == ExitCode.OK
 
 
 async def test_sigterm_lets_running_runs_end_and_takes_no_more(tmp_path: Path) -> None:
@@ -478,7 +478,7 @@ async def test_what_outlasts_the_drain_time_is_answered_and_ended() -> None:
             await handle.result()
             assert_busy(handle)
         assert await worker.worker.exit_code() == ExitCode.OK
-        assert 0.3 <= time.monotonic() - stopped_at < 4
+        assert 0.3 <= time.monotonic() - stopped_at < 10
 
 
 async def test_a_second_signal_ends_it_at_once() -> None:
@@ -489,7 +489,7 @@ async def test_a_second_signal_ends_it_at_once() -> None:
         stopped_at = time.monotonic()
         worker.worker.signal(signal.SIGTERM)
         assert await worker.worker.exit_code() == ExitCode.FORCED_STOP
-        assert time.monotonic() - stopped_at < 2
+        assert time.monotonic() - stopped_at < 5
 
 
 async def test_a_scheduler_that_is_away_during_the_drain_gets_its_results_when_it_is_back(tmp_path: Path) -> None:

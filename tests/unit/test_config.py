@@ -367,6 +367,7 @@ def test_exit_codes() -> None:
         "NO_FUNCTIONS": 4,
         "PACKAGE_CLASH": 5,
         "FORCED_STOP": 6,
+        "UNDELIVERED": 7,
         "USAGE": 64,
         "SCHEDULER_UNREACHABLE": 69,
         "INTERNAL": 70,

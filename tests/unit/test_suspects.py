@@ -130,3 +130,51 @@ async def test_a_failure_that_the_function_raised_is_no_strike(rig: Rig) -> None
     rig.submit("one", payload=b"\x01")
     rig.submit("two", payload=b"\x01")
     assert last(rig).runs == ["handled", "one", "two"]
+
+
+async def poison(rig: Rig, run_id: str) -> None:
+    from gen_worker.pipe.messages import Failure, Result
+
+    failure = Failure("retryable", "the device failed", retryable=True)
+    last(rig).say(Result(last(rig).key_of(run_id), failure=failure, poisoned=True))
+
+
+async def test_a_poisoned_executor_takes_no_run_more_not_even_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_recording_children(monkeypatch.setattr)
+    rig = Rig([function("f", limit=1)])
+    for run_id in ("bad", "waits"):
+        rig.submit(run_id, payload=run_id.encode())
+    changes = rig.changes
+    await poison(rig, "bad")
+    assert last(rig).runs == ["bad"]
+    assert rig.changes > changes, "the registration says so at once"
+    assert rig.results()["bad"].error_type == "retryable"
+    die_and_replace(rig)
+    assert last(rig).runs == ["waits"]
+    rig.close()
+
+
+async def test_poison_counts_against_the_run_that_did_it_and_not_its_neighbours(rig: Rig) -> None:
+    for attempt in range(3):
+        rig.submit(f"bad{attempt}", payload=b"\x01")
+        if attempt < 2:  # the third time it runs alone
+            rig.submit(f"good{attempt}", payload=b"\x02")
+        await poison(rig, f"bad{attempt}")
+        die_and_replace(rig)
+    rig.submit("bad3", payload=b"\x01")
+    assert rig.results()["bad3"].error_type == "fatal"
+    for run_id in ("good3", "good4"):
+        rig.submit(run_id, payload=b"\x02")
+    assert last(rig).runs == ["good3", "good4"], "a neighbour has no strike and need not run alone"
+
+
+async def test_an_empty_executor_is_taken_before_the_reserved_one(rig: Rig) -> None:
+    await strike_twice(rig, b"\x01")
+    rig.submit("before", "g")
+    busy = last(rig)
+    rig.submit("suspect", payload=b"\x01")
+    assert busy.runs == ["before"]
+    empty = rig.add_executor()
+    assert empty.runs == ["suspect"]
+    rig.submit("after", "g")
+    assert busy.runs == ["before", "after"], "the reservation went with the suspect"
