@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
-from supervisor.settings import VARIABLES
+from supervisor.settings import NOT_USED_YET, VARIABLES
 
 if TYPE_CHECKING:
     from supervisor.settings import Variable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def render_table() -> str:
     """The variables as a Markdown table."""
-    rows = [f"| {variable.env} | {_default(variable)} | {variable.meaning} |" for variable in VARIABLES.values()]
+    rows = [f"| {variable.env} | {_default(variable)} | {_meaning(variable)} |" for variable in VARIABLES.values()]
     return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows])
 
 
@@ -25,10 +25,14 @@ def render_help(width: int = 100) -> str:
     blocks = []
     for variable in VARIABLES.values():
         meaning = textwrap.fill(
-            variable.meaning.replace("`", ""), width, initial_indent="      ", subsequent_indent="      "
+            _meaning(variable).replace("`", ""), width, initial_indent="      ", subsequent_indent="      "
         )
         blocks.append(f"  {variable.env}  [{_default(variable)}]\n{meaning}")
     return "\n".join(["Environment variables [default]:", *blocks])
+
+
+def _meaning(variable: Variable) -> str:
+    return f"{variable.meaning} (no effect in this version)" if variable.env in NOT_USED_YET else variable.meaning
 
 
 def _default(variable: Variable) -> str:

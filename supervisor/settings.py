@@ -344,6 +344,18 @@ class Settings:
         return f"Settings({', '.join(shown)})"
 
 
+NOT_USED_YET: Final = frozenset(
+    {
+        "WORKER_GRPC_TRANSPORT", "WORKER_HTTP_ADDR", "WORKER_WARM_SPARE", "WORKER_HOST_CACHE_GB", "WORKER_MAX_VRAM_GB",
+        "WORKER_VRAM_SAFETY_MARGIN_GB", "WORKER_MODEL_CACHE_DIR", "WORKER_MODEL_CACHE_MAX_GB", "WORKER_CACHE_DIR",
+        "WORKER_MAX_CONCURRENT_DOWNLOADS", "WORKER_MAX_UPLOAD_BYTES", "WORKER_MAX_INPUT_FILE_BYTES",
+        "WORKER_MAX_WS_FRAME_BYTES", "COZY_HUB_URL", "COZY_HUB_TOKEN", "HF_TOKEN", "HF_HOME", "COZY_HF_COMPONENTS",
+        "COZY_HF_INCLUDE_OPTIONAL_COMPONENTS", "COZY_HF_WEIGHT_PRECISIONS", "COZY_HF_ALLOW_ROOT_JSON",
+        "COZY_HF_FULL_REPO_DOWNLOAD", "FILE_API_BASE_URL", "FILE_API_TOKEN", "TENANT_ID",
+    }
+)  # fmt: skip
+"""Variables that are read and checked, and have no effect in this version; help and documentation say so."""
+
 VARIABLES: Final[Mapping[str, Variable]] = {
     field.name: field.metadata["variable"] for field in dataclasses.fields(Settings)
 }
