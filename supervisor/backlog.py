@@ -19,8 +19,9 @@ from typing import Final
 
 log = logging.getLogger(__name__)
 
-RUNS_BYTES: Final = 64 * 1024 * 1024
-ANSWERS_BYTES: Final = 32 * 1024 * 1024
+RUNS_BYTES: Final = 48 * 1024 * 1024
+ANSWERS_BYTES: Final = 24 * 1024 * 1024
+"""With the results that the outbox retains, both full, a supervisor stays under 200 MiB."""
 RUN_OVERHEAD_BYTES: Final = 1024
 """What a waiting run takes beyond its payload, roughly; it bounds the number of tiny ones."""
 STALL_S: Final = 10.0

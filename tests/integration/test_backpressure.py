@@ -174,6 +174,18 @@ async def test_a_flood_of_runs_on_a_slow_function(tmp_path: Path, count: int, si
         assert {output["number"] for output in outputs} == {size}
 
 
+async def test_large_payloads_and_large_results_together() -> None:
+    """Results that are retained until they are known to have arrived are counted in the bound too."""
+    async with measured() as (c, _):
+        payload = msgspec.msgpack.encode({"data": os.urandom(MIB)})
+        handles: list[RunHandle] = []
+        for _ in range(200):
+            handles.append(await c.run("echo", payload))
+        for handle in handles:
+            assert len((await handle.output(60))["data"]) == MIB
+            handle.results.clear()
+
+
 # -- floods of events -----------------------------------------------------------------------------
 
 
