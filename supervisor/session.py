@@ -9,7 +9,8 @@ knows neither runs nor messages: batches come from Outgoing, what arrives goes t
 3. Whatever ends the stream ends in one StreamEnd, which is logged in one line, and Redial says what comes next.
 4. While Incoming is full nothing more is received, so that HTTP/2 makes the scheduler wait.
 5. `stop` ends the stream at once; `drain` first lets the outbox empty, half-closes the stream and waits for the
-   scheduler to end it, which tells that it has read all. Both end `run`; only an error ends it else.
+   scheduler to end it, which tells that it has read all. If the stream breaks instead, what it may have lost goes out
+   on another one. Both end `run`; only an error ends it else.
 
 Heartbeats go before queued messages: `_report` and `_deliver` take turns at a fair lock, so that a heartbeat waits for
 one batch at most. No send is ever canceled, since it would then be unknown what went out: the stream is closed, and the
@@ -127,6 +128,17 @@ class _Link:
     registered: asyncio.Event = field(default_factory=asyncio.Event)
     over: asyncio.Event = field(default_factory=asyncio.Event)
     """Nothing more can be sent; what was received is still handed on."""
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+    """All that there is went out on it: it is half-closed, for the scheduler to end."""
+    status: asyncio.Future[StreamStatus] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """How it ended; set when the outbox knows of the end, canceled when it was none of the stream's."""
+
+    @property
+    def drained(self) -> bool:
+        """It ended as a drain means it to: by the scheduler, or by us when that took too long."""
+        if not self.draining.is_set() or self.status.cancelled():
+            return False
+        return self.status.result().code in (StatusCode.OK, StatusCode.CANCELLED)
 
     def life(self, now: float) -> Lifetime:
         up_s = None if self.answered_at is None else now - self.answered_at
@@ -161,9 +173,10 @@ class Session:
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._close_grace_s = 0.0
         self._dial_limit: asyncio.Timeout | None = None
-        self._flushed = False
+        self._drain_deadline = math.inf
+        self.drained = False
+        """After `drain`: everything went out on a stream, and that stream did not break."""
         self.read_to_end = False
         """After `run`: the scheduler ended the drained stream by itself, so it has read all that went out on it."""
 
@@ -187,8 +200,8 @@ class Session:
         try:
             while not self._stopping.is_set():
                 end = await self._one_stream(self._redial.target)
-                if self._stopping.is_set():
-                    self.read_to_end = self._flushed and end.epoch > 0 and end.status.code is StatusCode.OK
+                if self._stopping.is_set() or end.drained:
+                    self.read_to_end = end.drained and end.status.code is StatusCode.OK
                     self._log_stopped(end)
                     break
                 delay = self._plan(end)
@@ -211,13 +224,23 @@ class Session:
         self._hurry.set()
 
     async def drain(self, flush_timeout_s: float) -> bool:
-        """Wait until the outbox is empty, then end `run` gracefully. False when the time was over first."""
-        deadline = self._clock.now() + flush_timeout_s
-        self._hurry.set()
-        self._flushed = flushed = await self._clock.wait_for(self._outgoing.flushed(), flush_timeout_s)
-        self._close_grace_s = max(0.0, min(CLOSE_GRACE_S, deadline - self._clock.now()))
+        """Wait until the outbox is empty and the last stream is read, then end `run`. False when time was over first."""
+        self._drain_deadline = self._clock.now() + flush_timeout_s
+        while not self.drained and await self._flush(self._drain_deadline - self._clock.now()):
+            link = self._link
+            if link is None:
+                # Unless a stream broke just now: then what it may have lost is queued again.
+                self.drained = await self._flush(0)
+            else:
+                link.draining.set()
+                await asyncio.wait([link.status])
+                self.drained = link.drained
         self.stop()
-        return flushed
+        return self.drained
+
+    async def _flush(self, timeout_s: float) -> bool:
+        self._hurry.set()
+        return await self._clock.wait_for(self._outgoing.flushed(), max(0.0, timeout_s))
 
     # -- one stream ---------------------------------------------------------------------------
 
@@ -237,10 +260,14 @@ class Session:
         self._outgoing.stream_opened()
         try:
             status = await self._serve(link)
+        except BaseException:
+            link.status.cancel()
+            raise
         finally:
             self._link = None
             self._outgoing.stream_closed()
-        return StreamEnd(target, status, link.life(self._clock.now()), self._epoch)
+        link.status.set_result(status)
+        return StreamEnd(target, status, link.life(self._clock.now()), self._epoch, drained=link.drained)
 
     async def _dial(self, target: str) -> Stream:
         """Raises StreamClosed, also when `stop` comes first, and AuthError."""
@@ -259,23 +286,29 @@ class Session:
             asyncio.create_task(use(link), name=f"session{use.__name__}")
             for use in (self._receive, self._report, self._deliver)
         ]
-        stopped = asyncio.create_task(self._stopping.wait())
+        enough = [asyncio.create_task(event.wait()) for event in (self._stopping, link.draining)]
         try:
-            await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*tasks, *enough], return_when=asyncio.FIRST_COMPLETED)
         finally:
             # From here on each send fails with its count, and receive gives what is still here, then the status.
             link.over.set()
-            await link.stream.close(self._close_grace_s if self._stopping.is_set() else 0.0)
+            await link.stream.close(self._close_grace(link))
             async with link.turn:
-                for task in (report, deliver, stopped):
+                for task in (report, deliver, *enough):
                     task.cancel()
-            await asyncio.gather(*tasks, stopped, return_exceptions=True)
+            await asyncio.gather(*tasks, *enough, return_exceptions=True)
         ends = [task.exception() for task in tasks if not task.cancelled()]
         for error in ends:
             if error is not None and not isinstance(error, StreamClosed):
                 raise error
         # The reader's comes first: it has the scheduler's last word.
         return next(error.status for error in ends if isinstance(error, StreamClosed))
+
+    def _close_grace(self, link: _Link) -> float:
+        """Seconds that the scheduler has to end the stream by itself."""
+        if not link.draining.is_set():
+            return 0.0
+        return max(0.0, min(CLOSE_GRACE_S, self._drain_deadline - self._clock.now()))
 
     async def _receive(self, link: _Link) -> None:
         await link.stream.established()

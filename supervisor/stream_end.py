@@ -28,6 +28,8 @@ class StreamEnd:
     """0: there was no stream."""
     dialed: bool = True
     """False: there was no credential to dial with."""
+    drained: bool = False
+    """The session drained: all that there was went out on this stream, and it did not break."""
 
 
 def description(end: StreamEnd, redirect: str | None) -> tuple[int, str]:

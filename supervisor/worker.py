@@ -160,7 +160,8 @@ class Worker:
             session.cancel()  # it has not dialed: there is no one to flush to
         elif not session.done():
             await self._unless_forced(self._session.drain(FLUSH_S))
-        self._undelivered = self._dispatcher.outbox.depth
+        if not self._session.drained:
+            self._undelivered = self._dispatcher.outbox.depth
         self._session.stop()
         await asyncio.wait([session, leaving], timeout=FLUSH_S)
         session.cancel()

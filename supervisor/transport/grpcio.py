@@ -106,6 +106,8 @@ class GrpcioStream:
         self._inbox_bytes = 0
         self._answered = False
         self._closing = False
+        self._over = False
+        """A send failed: the stream has ended, though its status may lie behind messages."""
         self._status: StreamStatus | None = None
         self._filled = asyncio.Event()
         self._emptied = asyncio.Event()
@@ -140,6 +142,10 @@ class GrpcioStream:
             self._call.cancel()  # whether the message at hand is out is not known: nothing may follow it
             raise
         if accepted < len(messages):
+            # The status comes behind the last message, which the reader must take though nobody receives: a session
+            # may wait for room that only this answer gives it. What is left is little, since nothing more comes.
+            self._over = True
+            self._emptied.set()
             raise StreamClosed(await self._ended(), accepted)
 
     async def receive(self) -> Sequence[bytes]:
@@ -184,7 +190,7 @@ class GrpcioStream:
                 self._inbox_bytes += len(message)
                 self._answered = True
                 self._filled.set()
-                while not self._closing and (self._inbox_bytes >= INBOX_BYTES or len(self._inbox) >= INBOX_MESSAGES):
+                while self._is_full and not self._closing and not self._over:
                     self._emptied.clear()
                     await self._emptied.wait()
         except aio.AioRpcError:
@@ -197,6 +203,10 @@ class GrpcioStream:
         finally:
             self._status = await self._ended()
             self._filled.set()
+
+    @property
+    def _is_full(self) -> bool:
+        return self._inbox_bytes >= INBOX_BYTES or len(self._inbox) >= INBOX_MESSAGES
 
     async def _ended(self) -> StreamStatus:
         """The status of a call that has ended or is about to."""

@@ -218,3 +218,16 @@ async def test_a_second_death_soon_after_is_followed_by_a_pause() -> None:
         assert len(worker.worker.lines("replaced in 0 s")) == 1
         assert len(worker.worker.lines("replaced in 1 s")) == 1
         assert (await worker.call("echo", {"text": "still here"}))["text"] == "still here"
+
+
+async def test_a_request_that_kills_three_executors_is_refused_from_then_on() -> None:
+    """A scheduler sends a `retryable` run again; one such request must not take executor after executor with it."""
+    async with chain(executors=3) as worker:
+        for _ in range(3):  # each on another executor, so that none is waited for
+            assert_crashed(await worker.result("die", {"how": "SIGABRT"}), "killed by SIGABRT")
+        result = await worker.result("die", {"how": "SIGABRT"})
+        assert (result.error_type, result.retryable) == ("fatal", False)
+        assert "3" in result.error_message
+        await wait_for_executors(worker.orchestrator, 3)
+        # Another payload of the same function is another request.
+        assert_crashed(await worker.result("die", {"how": "SIGKILL"}), "killed by SIGKILL")

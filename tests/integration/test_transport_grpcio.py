@@ -200,6 +200,28 @@ async def test_the_schedulers_status_survives_a_send_that_is_under_way(make_tran
             assert 0 <= sent.accepted < 10
 
 
+async def test_a_send_finds_the_end_behind_messages_that_nobody_receives(make_transport: TransportFactory) -> None:
+    """A session that waits for room does not receive; its sends must not wait for what only receiving would bring."""
+
+    async def flood_and_refuse(dial: Dial) -> None:
+        await dial.send(*[b"x"] * (3 * INBOX_MESSAGES))
+        await dial.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "enough")
+
+    async def send_on(stream: Stream) -> None:
+        while True:
+            await stream.send([b"y"])
+
+    async with serving(flood_and_refuse) as server, opened(make_transport(), server.address) as stream:
+        await stream.established()
+        await eventually(server.dials[0].ended.is_set)
+        with pytest.raises(StreamClosed) as caught:
+            await asyncio.wait_for(send_on(stream), 10)
+        batches, closed = await receive_all(stream)
+    assert caught.value.status == closed.status
+    assert closed.status.code is StatusCode.RESOURCE_EXHAUSTED
+    assert sum(map(len, batches)) == 3 * INBOX_MESSAGES
+
+
 async def test_send_after_the_end_accepts_nothing(make_transport: TransportFactory) -> None:
     async def refuse(dial: Dial) -> None:
         await dial.read()

@@ -249,6 +249,7 @@ def block(ctx: ActionContext, payload: Seconds) -> Answer:
 def hold_gil(ctx: ActionContext, payload: Seconds) -> Answer:
     """Sleeps inside C without giving the interpreter back, as some native libraries do."""
     say_started(ctx)
+    time.sleep(0.05)  # another thread may be about to write that event, and needs the interpreter for it
     ctypes.PyDLL(None).usleep(ctypes.c_uint(int(payload.seconds * 1_000_000)))
     return Answer(pid=os.getpid())
 
