@@ -7,7 +7,8 @@ counted: each run has a window for them.
    wait. Deadlines, heartbeats and what goes out are not held up by that.
 2. What is not read may be the cancel that would help. So when none of the runs left for STALL_S of this, reading goes
    on, and runs past the bound are answered `worker busy` until the backlog is below it again (`refuses`).
-3. Answers have no such end: a scheduler that reads none of them can't be told anything either.
+3. Answers have no such end: a scheduler that reads none of them can't be told anything either. While too many wait, no
+   run is started that would only add to them (`holds_runs`); those that run go on.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Final
 
 log = logging.getLogger(__name__)
 
-RUNS_BYTES: Final = 48 * 1024 * 1024
-ANSWERS_BYTES: Final = 24 * 1024 * 1024
+RUNS_BYTES: Final = 32 * 1024 * 1024
+ANSWERS_BYTES: Final = 16 * 1024 * 1024
 """With the results that the outbox retains, both full, a supervisor stays under 200 MiB."""
 RUN_OVERHEAD_BYTES: Final = 1024
 """What a waiting run takes beyond its payload, roughly; it bounds the number of tiny ones."""
@@ -28,10 +29,11 @@ STALL_S: Final = 10.0
 
 
 class Backlog:
-    """See the module. `clock` gives monotonic seconds."""
+    """See the module. `clock` gives monotonic seconds; `release` is called when `holds_runs` is over."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], release: Callable[[], object] = lambda: None) -> None:
         self._clock = clock
+        self._release = release
         self._runs_bytes = 0
         self._answers_bytes = 0
         self._last_left = clock()
@@ -41,7 +43,12 @@ class Backlog:
     @property
     def full(self) -> bool:
         """Nothing more should be read from the scheduler now."""
-        return self._answers_bytes > ANSWERS_BYTES or (self._runs_bytes > RUNS_BYTES and not self._refuses)
+        return self.holds_runs or (self._runs_bytes > RUNS_BYTES and not self._refuses)
+
+    @property
+    def holds_runs(self) -> bool:
+        """No run should be started now."""
+        return self._answers_bytes > ANSWERS_BYTES
 
     @property
     def refuses(self) -> bool:
@@ -65,7 +72,10 @@ class Backlog:
 
     def answer_left(self, size: int) -> None:
         """An answer went out."""
+        held = self.holds_runs
         self._answers_bytes -= size
+        if held and not self.holds_runs:
+            self._release()
         self._less.set()
 
     async def room(self) -> None:
@@ -73,7 +83,7 @@ class Backlog:
         self._last_left = self._clock()  # a standstill counts from here
         while self.full:
             self._less.clear()
-            if self._answers_bytes > ANSWERS_BYTES:
+            if self.holds_runs:
                 await self._less.wait()
                 self._last_left = self._clock()
                 continue
@@ -85,7 +95,7 @@ class Backlog:
 
     async def room_for_answers(self) -> None:
         """Wait until another answer may be queued that can as well be queued later."""
-        while self._answers_bytes > ANSWERS_BYTES:
+        while self.holds_runs:
             self._less.clear()
             await self._less.wait()
 

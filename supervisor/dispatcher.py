@@ -86,7 +86,7 @@ class Dispatcher:
         self._executors = executors
         self._changed = changed
         self._loop = asyncio.get_running_loop()
-        self.backlog = Backlog(self._loop.time)
+        self.backlog = Backlog(self._loop.time, lambda: self._loop.call_soon(self.lanes.pump))
         self.outbox = Outbox(self._credit, self._loop.time, self.backlog, keeper)
         self.functions: dict[str, FunctionInfo] = {}
         """What this worker serves, as the executors said when they got ready."""
@@ -99,6 +99,7 @@ class Dispatcher:
             executors=executors,
             model_concurrency=limits.model_concurrency,
             start=self._start,
+            held=lambda: self.backlog.holds_runs,
         )
         self.commands = ModelCommands(
             residency=residency,

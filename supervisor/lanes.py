@@ -42,11 +42,14 @@ class Lanes:
         executors: Callable[[], Sequence[ExecutorHandle]],
         model_concurrency: int,
         start: Callable[[Run, ExecutorHandle], None],
+        held: Callable[[], bool] = lambda: False,
     ) -> None:
+        """While `held` is true no run is started; `pump` is to be called when it is not any more."""
         self._residency = residency
         self._executors = executors
         self._model_concurrency = model_concurrency
         self._start = start
+        self._held = held
         self._lanes: dict[tuple[str, Models], _Lane] = {}
         self._reserved: dict[ExecutorHandle, int] = {}
 
@@ -96,7 +99,7 @@ class Lanes:
     # -- inside -------------------------------------------------------------------------------
 
     def _pump_lane(self, lane: _Lane) -> None:
-        while lane.waiting:
+        while lane.waiting and not self._held():
             run = next(iter(lane.waiting.values()))
             handle = self._choose(lane, run)
             if handle is None:

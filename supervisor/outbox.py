@@ -29,8 +29,8 @@ BATCH_BYTES: Final = 256 * 1024
 TURN_BYTES: Final = 16 * 1024
 """What one run's events may put into a batch before the next run's turn."""
 
-DELIVERED_BYTES: Final = 64 * 1024 * 1024
-"""Socket buffers of both ends and HTTP/2 windows together hold less, also with windows far above the usual."""
+DELIVERED_BYTES: Final = 32 * 1024 * 1024
+"""Twice what the largest usual HTTP/2 window (16 MiB) holds; a stalled grpcio server was seen to take 10.5 MiB."""
 DELIVERED_RESULTS: Final = 20_000
 """The same for tiny results, of which the bytes above would be a heap of objects: more than a scheduler that
 does not read has runs under way with one worker."""

@@ -224,7 +224,7 @@ class Session:
         self._hurry.set()
 
     async def drain(self, flush_timeout_s: float) -> bool:
-        """Wait until the outbox is empty and the last stream is read, then end `run`. False when time was over first."""
+        """Wait until the outbox is empty and the last stream is read, then end `run`. False when time is over first."""
         self._drain_deadline = self._clock.now() + flush_timeout_s
         while not self.drained and await self._flush(self._drain_deadline - self._clock.now()):
             link = self._link

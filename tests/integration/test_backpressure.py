@@ -47,7 +47,7 @@ class Peaks:
 
 
 @contextlib.asynccontextmanager
-async def measured(**options: Any) -> AsyncIterator[tuple[Chain, Peaks]]:
+async def measured(bound: int = BOUND, **options: Any) -> AsyncIterator[tuple[Chain, Peaks]]:
     """A chain and its peaks; at the end they must have stayed in bounds."""
     peaks = Peaks()
     async with chain(**{**TENANT, "env": {"WORKER_LOG_LEVEL": "info"}, **options}) as c:
@@ -58,8 +58,8 @@ async def measured(**options: Any) -> AsyncIterator[tuple[Chain, Peaks]]:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
             print(peaks)
-    assert peaks.supervisor < BOUND, peaks
-    assert peaks.executor < BOUND, peaks
+    assert peaks.supervisor < bound, str(peaks)
+    assert peaks.executor < bound, str(peaks)
 
 
 class Order:
@@ -175,12 +175,10 @@ async def test_a_flood_of_runs_on_a_slow_function(tmp_path: Path, count: int, si
 
 
 async def test_large_payloads_and_large_results_together() -> None:
-    """Results that are retained until they are known to have arrived are counted in the bound too."""
-    async with measured() as (c, _):
+    """On top of what is counted, and of what is retained, each run under way may bring a result: 64 of a MiB here."""
+    async with measured(bound=BOUND + 64 * MIB) as (c, _):
         payload = msgspec.msgpack.encode({"data": os.urandom(MIB)})
-        handles: list[RunHandle] = []
-        for _ in range(200):
-            handles.append(await c.run("echo", payload))
+        handles = [await c.run("echo", payload) for _ in range(200)]
         for handle in handles:
             assert len((await handle.output(60))["data"]) == MIB
             handle.results.clear()
@@ -272,4 +270,4 @@ async def test_a_stopped_supervisor_does_not_fill_its_executor() -> None:
         await asyncio.gather(*(handle.output(60) for handle in floods))
         assert order.wrong == []
         assert all(handle.event_count == count + handle.function_name.endswith("stream") for handle in floods)
-        assert peaks.executor < 100 * MIB, peaks
+        assert peaks.executor < 100 * MIB, str(peaks)

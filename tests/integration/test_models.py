@@ -43,7 +43,7 @@ async def worker(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Chai
     """One executor and some models, none of which its tests unload."""
     root = tmp_path_factory.mktemp("models")
     models = artifacts(
-        root, small={}, other={}, third={}, slow={"seconds": "0.3"}, placed={"device": "1"}, wrong={"wrong": "1"},
+        root, small={}, other={}, third={}, slow={"seconds": "0.3"},  wrong={"wrong": "1"},
         invalid={"fail": "validation"}, huge={"fail": "memory"}, broken={"fail": "key"},
     )  # fmt: skip
     (root / "other" / "weights.txt").write_text("the other weights")
@@ -63,12 +63,7 @@ async def canceled(*handles: RunHandle) -> None:
 
 async def test_a_registered_loader_makes_the_object_from_the_files(worker: Chain) -> None:
     used = await worker.call("use_thing", {"seconds": 0})
-    assert (used["text"], used["device"]) == ("weights of small", "")
-
-
-async def test_a_loader_knows_the_device_of_its_executor(worker: Chain) -> None:
-    used = await worker.call("use_thing", {"seconds": 0}, required_models=["placed"])
-    assert used["device"] == "cpu"
+    assert used["text"] == "weights of small"
 
 
 async def test_model_artifacts_are_the_files_themselves(worker: Chain) -> None:
@@ -346,6 +341,7 @@ async def test_a_real_model_and_its_tokenizer_serve_runs() -> None:
     async with chain(env=env, tenant=EXAMPLES / "embedding", modules="", ready="embed", start_s=IMPORT_S) as worker:
         handle = await worker.run("embed", {"sentences": sentences})
         output = await handle.output(IMPORT_S)
+        assert output["device"] == "cpu"
         vectors = output["vectors"]
         assert [len(vector) for vector in vectors] == [384] * 3
         assert similarity(vectors[0], vectors[0]) == pytest.approx(1.0, abs=1e-4)

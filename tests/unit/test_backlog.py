@@ -153,3 +153,20 @@ async def test_while_nothing_moves_further_runs_are_answered_busy() -> None:
     rig.submit("welcome")
     assert set(rig.results()) == {"running"}
     rig.close()
+
+
+@pytest.mark.usefixtures("_children")
+async def test_no_run_is_started_while_too_many_answers_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWERS_BYTES", 5000)
+    rig = Rig([function("f")])
+    rig.submit("first")
+    rig.executors[0].succeed("first", b"x" * 6000)
+    rig.submit("held")
+    assert rig.executors[0].runs == ["first"]
+    rig.dispatcher.cancel("held")
+    rig.submit("held too")
+    assert set(rig.results()) == {"first", "held"}
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert rig.executors[0].runs == ["first", "held too"]
+    rig.close()

@@ -467,9 +467,8 @@ class Thing:
 
     loads = 0
 
-    def __init__(self, text: str, device: str) -> None:
+    def __init__(self, text: str) -> None:
         self.text = text
-        self.device = device
 
 
 def load_thing(ctx: ActionContext, artifacts: ModelArtifacts) -> object:
@@ -483,8 +482,7 @@ def load_thing(ctx: ActionContext, artifacts: ModelArtifacts) -> object:
         _die(how)
     if "wrong" in artifacts.metadata:
         return "a string"
-    device = str(ctx.device) if "device" in artifacts.metadata else ""  # the first look at it imports torch
-    return Thing(artifacts.path("weights").read_text(), device)
+    return Thing(artifacts.path("weights").read_text())
 
 
 register_runtime_loader(Thing, load_thing)
@@ -523,7 +521,6 @@ _using = Crowd()
 class Used(msgspec.Struct):
     text: str
     other: str = ""
-    device: str = ""
     object_id: int = 0
     loads: int = 0
     at_once: int = 0
@@ -538,7 +535,7 @@ def use_thing(ctx: ActionContext, thing: Small, payload: Seconds) -> Used:
         ctx.done().wait(payload.seconds)
     finally:
         _using.leave()
-    return Used(thing.text, "", thing.device, id(thing), Thing.loads, at_once, os.getpid())
+    return Used(thing.text, "", id(thing), Thing.loads, at_once, os.getpid())
 
 
 @worker_function()
