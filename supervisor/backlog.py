@@ -7,8 +7,9 @@ counted: each run has a window for them.
    wait. Deadlines, heartbeats and what goes out are not held up by that.
 2. What is not read may be the cancel that would help. So when none of the runs left for STALL_S of this, reading goes
    on, and runs past the bound are answered `worker busy` until the backlog is below it again (`refuses`).
-3. Answers have no such end: a scheduler that reads none of them can't be told anything either. While too many wait, no
-   run is started that would only add to them (`holds_runs`); those that run go on.
+3. While too many answers wait, no run is started that would only add to them (`holds_runs`); those that run go on. When
+   none of them left for STALL_S, one more batch is read, and so on: the stream may have ended, and its status lie
+   behind what is not read. Else both sides would wait for the other for ever.
 """
 
 from __future__ import annotations
@@ -74,24 +75,25 @@ class Backlog:
         """An answer went out."""
         held = self.holds_runs
         self._answers_bytes -= size
-        if held and not self.holds_runs:
-            self._release()
+        if held:
+            self._last_left = self._clock()
+            if not self.holds_runs:
+                self._release()
         self._less.set()
 
     async def room(self) -> None:
-        """Wait until more may be read."""
+        """Wait until more may be read; at a standstill this is one batch, though `full` stays."""
         self._last_left = self._clock()  # a standstill counts from here
         while self.full:
             self._less.clear()
-            if self.holds_runs:
-                await self._less.wait()
-                self._last_left = self._clock()
-                continue
             try:
                 async with asyncio.timeout(max(0.0, self._last_left + STALL_S - self._clock())):
                     await self._less.wait()
             except TimeoutError:
-                self._refuse()
+                if self._runs_bytes > RUNS_BYTES and not self._refuses:
+                    self._refuse()
+                if self.holds_runs:
+                    return
 
     async def room_for_answers(self) -> None:
         """Wait until another answer may be queued that can as well be queued later."""

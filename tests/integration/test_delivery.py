@@ -110,7 +110,7 @@ def another(orchestrator: MockOrchestrator, than: WorkerConnection) -> WorkerCon
 async def test_a_run_is_answered_on_the_stream_after_the_one_that_brought_it(tmp_path: Path) -> None:
     async with chain(**TENANT) as c:
         for end in (WorkerConnection.half_close, WorkerConnection.drop, WorkerConnection.close) * 2:
-            handle = await c.run("wait", {"file": str(tmp_path / "go")})
+            handle = await c.started("wait", {"file": str(tmp_path / "go")})
             before = c.connection
             end(before)
             after = await c.orchestrator.wait_until(partial(another, c.orchestrator, before))
@@ -176,6 +176,7 @@ async def test_seeds_are_tried_when_the_leader_is_gone(unused_tcp_port_factory: 
     ):
         await first.wait_for_worker()
         handle = await first.run("wait", {"seconds": 0.5})
+        await first.wait_until(lambda: handle.event_count)
         first.on_connect = redirect(second.address)
         second.runs[handle.run_id] = handle
         first.find().drop()
@@ -292,6 +293,7 @@ async def finish_without_scheduler(c: Chain, tmp_path: Path, count: int) -> list
         await c.run("wait", {"file": go, "done_file": str(done / str(number))}, run_id=f"kept-{number}")
         for number in range(count)
     ]
+    await c.orchestrator.wait_until(lambda: all(handle.event_count for handle in handles))
     await c.orchestrator.stop()
     Path(go).touch()
     await eventually(lambda: count_files(done) == count)

@@ -56,22 +56,50 @@ def test_tiny_runs_count_too(backlog: Backlog) -> None:
     assert backlog.full
 
 
-async def test_answers_that_wait_stop_the_reading_however_long(
-    backlog: Backlog, time: Time, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "STALL_S", 0.0)
+async def test_answers_that_wait_stop_the_reading(backlog: Backlog) -> None:
     backlog.answer_waits(ANSWERS_BYTES + 1)
     backlog.run_waits(3 * HALF)
-    time.now += 1000
     room, more = asyncio.ensure_future(backlog.room()), asyncio.ensure_future(backlog.room_for_answers())
     assert await is_waiting(room)
     assert await is_waiting(more)
-    assert not backlog.refuses
     backlog.run_left(3 * HALF)
     assert await is_waiting(room)
     backlog.answer_left(1)
     await asyncio.wait_for(room, 5)
     await asyncio.wait_for(more, 5)
+    assert not backlog.full
+
+
+async def test_at_a_standstill_of_answers_one_more_batch_is_read(
+    backlog: Backlog, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream may have ended: its status then lies behind what is not read."""
+    monkeypatch.setattr(module, "STALL_S", 0.5)
+    backlog.answer_waits(ANSWERS_BYTES + 1)
+    for _ in range(2):
+        room = asyncio.ensure_future(backlog.room())
+        assert await is_waiting(room)
+        await asyncio.wait_for(room, 5)
+        assert backlog.full
+        assert backlog.holds_runs
+        assert not backlog.refuses
+    backlog.run_waits(3 * HALF)
+    await asyncio.wait_for(backlog.room(), 5)
+    assert backlog.refuses, "what is read is bounded too"
+
+
+async def test_answers_that_leave_are_no_standstill(
+    backlog: Backlog, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STALL_S", 0.5)
+    backlog.answer_waits(ANSWERS_BYTES + 1000)
+    room = asyncio.ensure_future(backlog.room())
+    for _ in range(20):
+        time.now += 0.05
+        backlog.answer_left(1)
+        await asyncio.sleep(0.003)
+    assert not room.done()
+    room.cancel()
 
 
 async def test_a_standstill_ends_in_refusals_not_in_silence(

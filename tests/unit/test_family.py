@@ -68,7 +68,8 @@ assert (ours.wait(), librarys.wait()) == (5, 6)
 
 def test_a_child_from_before_the_exec_is_reaped_too() -> None:
     run("""
-pid = subprocess.Popen(["sh", "-c", "exit 3"]).pid
+child = subprocess.Popen(["sh", "-c", "exit 3"])  # kept: a Popen that is dropped reaps what is dead by then
+pid = child.pid
 family.adopt()
 until(pid, "Z")
 family.sweep()

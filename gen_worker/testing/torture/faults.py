@@ -23,8 +23,9 @@ from gen_worker.wire import worker_scheduler_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-BACK_S: Final = 15.0
-"""Within which a worker must be registered again, unless it is stopped: its reconnects are set to 0.5 s at most."""
+BACK_S: Final = 30.0
+"""Within which a worker must be registered again. Its reconnects are set to 0.5 s at most, but where neither side reads
+it looks for the end of the stream only every 10 s."""
 
 _UNREAD: Final = "the stream is not read"
 _ABORTS: Final = (

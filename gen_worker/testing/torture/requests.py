@@ -164,7 +164,7 @@ def _stubborn(rng: Random, nonce: str) -> Request:
 
 
 _TAME: Final[Mapping[Make, int]] = {
-    _echo: 35, _large: 3, _count: 12, _trickle: 6, _torrent: 1, _count_then_fail: 3, _wait: 20, _alone: 5, _talk: 5,
+    _echo: 35, _large: 6, _count: 12, _trickle: 6, _torrent: 2, _count_then_fail: 3, _wait: 20, _alone: 5, _talk: 5,
     _litter: 3, _fail: 8, _broken: 1, _unknown: 1,
 }  # fmt: skip
 _LETHAL: Final[Mapping[Make, int]] = {_die: 3, _stubborn: 1}

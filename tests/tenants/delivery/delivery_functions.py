@@ -55,6 +55,7 @@ def echo(ctx: ActionContext, payload: Blob) -> Blob:
 
 @worker_function()
 async def wait(ctx: ActionContext, payload: Wait) -> Answer:
+    ctx.emit("started", {})
     await asyncio.sleep(payload.seconds)
     while payload.file and not Path(payload.file).exists():
         await asyncio.sleep(0.01)
