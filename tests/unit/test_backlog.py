@@ -105,7 +105,7 @@ async def test_answers_that_leave_are_no_standstill(
 async def test_a_standstill_ends_in_refusals_not_in_silence(
     backlog: Backlog, time: Time, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "STALL_S", 0.02)
+    monkeypatch.setattr(module, "STALL_S", 0.5)
     backlog.run_waits(HALF)
     backlog.run_waits(HALF)
     time.now += 5  # nobody waited for room: this does not count
@@ -121,12 +121,12 @@ async def test_a_standstill_ends_in_refusals_not_in_silence(
 
 
 async def test_progress_is_no_standstill(backlog: Backlog, time: Time, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STALL_S", 0.02)
+    monkeypatch.setattr(module, "STALL_S", 0.5)
     backlog.run_waits(2 * HALF)
     backlog.run_waits(0)
     room = asyncio.ensure_future(backlog.room())
     for _ in range(20):
-        time.now += 0.01
+        time.now += 0.05
         backlog.run_left(0)
         backlog.run_waits(0)
         await asyncio.sleep(0.003)

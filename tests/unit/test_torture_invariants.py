@@ -239,6 +239,8 @@ class TestOutcome:
         world.run(result(failed("canceled"))).cancels.append(1.5)
         world.run(result(failed("timeout"), at=11.1))
         world.run(result(failed("fatal", "this request crashed the worker 3 times")), streams=(0, 0))
+        flooded = failed("retryable", BUSY)._replace(error_message="too much waits already, and none of it gets on")
+        world.run(result(flooded))
         world.history.stopped_at = 1.5
         world.run(result(failed("retryable", BUSY)))
         assert world.rules() == []

@@ -27,6 +27,9 @@ SAFE_MESSAGE_MAX_CHARS: Final = 500
 QUARANTINE_WORDS: Final = "crashed the worker"
 """In the safe_message of a request that is refused because it killed executors before."""
 
+FLOODED_WORDS: Final = "too much waits already"
+"""In the error_message of a request that is refused because the backlog stands still."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -216,7 +219,8 @@ def _unexpected(run: Run, result: Arrival, outcome: Outcome, history: History) -
             objection = ""
         case "retryable", message if message == BUSY:
             told = history.stopped_at is not None and result.at >= history.stopped_at
-            objection = "" if told else "the worker was not told to stop"
+            flooded = FLOODED_WORDS in outcome.error_message
+            objection = "" if told or flooded else "the worker was not told to stop"
         case "canceled", _:
             objection = "" if run.cancels else "nobody canceled it"
         case "fatal", message if QUARANTINE_WORDS in message:
