@@ -37,8 +37,8 @@ LINE_BYTES: Final = 8 * 1024
 """A longer line of output is cut into several."""
 LAST_LINES: Final = 40
 LAST_READS: Final = 64
-"""How much is still read of a dead child's output, in reads of 64 KiB."""
-"""The same for its pipe, in reads of READ_BYTES: a process that it left behind may still write to both."""
+"""How much is still read of a dead child's output, in reads of 64 KiB, and of its pipe, in reads of READ_BYTES: a
+process that it left behind may still write to both."""
 PIPE_BUFFER_BYTES: Final = 1024 * 1024
 CLOSED_PIPE_S: Final = 0.5
 """A child that exits closes its pipe a moment before; one that lives on without it this long is killed."""
