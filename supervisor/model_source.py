@@ -1,0 +1,63 @@
+"""Where model files come from, as residency sees it: a model is on this disk, or it can be fetched.
+
+Owns: the seam. A ModelSource knows which models are whole on disk and fetches others; it decides nothing about memory.
+All calls are made on the supervisor's loop and return at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from gen_worker.pipe.messages import Failure
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A model whose files are whole on this disk."""
+
+    root_dir: str
+    files: Mapping[str, str]
+    """Named files, relative to root_dir or absolute; may be empty."""
+    metadata: Mapping[str, str]
+    weight_bytes: int
+    """Bytes of its weight files: the first estimate of what it takes on a device; 0 when it has none."""
+
+
+class ModelSource(Protocol):
+    """Model ids are canonical refs, or any name of a local artifact."""
+
+    def knows(self, model_id: str) -> bool:
+        """Whether it is here or could be fetched: what a well-formed ref is when downloads are configured."""
+
+    def local(self, model_id: str) -> LocalModel | None:
+        """Its files, when they are whole on disk now."""
+
+    def fetch(self, model_id: str) -> None:
+        """Have it fetched unless that is under way. Ends with `model_fetched` or `fetch_failed`, not before this returns."""
+
+    def on_disk(self) -> Collection[str]:
+        """The ids of all that is whole on disk."""
+
+    def hold(self, model_id: str) -> None:
+        """Its files are in use and are not removed until as many `release` calls followed."""
+
+    def release(self, model_id: str) -> None:
+        """One user less."""
+
+
+class SourceEvents(Protocol):
+    """Who is told what became of fetches."""
+
+    def model_fetched(self, model_id: str) -> None:
+        """It is whole on disk: `local` gives it."""
+
+    def fetch_failed(self, model_id: str, failure: Failure) -> None:
+        """It did not come; a later `fetch` tries again."""
+
+    def fetch_progress(self, model_id: str, done_bytes: int, total_bytes: int, bytes_per_s: float) -> None:
+        """At most a few times a second; total_bytes is 0 while it is unknown."""
+
+    def disk_changed(self) -> None:
+        """`on_disk` differs: something came, or was removed for room."""
