@@ -35,7 +35,7 @@ class ModelSource(Protocol):
         """Its files, when they are whole on disk now."""
 
     def fetch(self, model_id: str) -> None:
-        """Have it fetched unless that is under way. `model_fetched` or `fetch_failed` follows, after this has returned."""
+        """Have it fetched unless that is under way; `model_fetched` or `fetch_failed` follows later."""
 
     def on_disk(self) -> Collection[str]:
         """The ids of all that is whole on disk."""
