@@ -38,6 +38,7 @@ from supervisor import runs
 from supervisor.backlog import Backlog
 from supervisor.child import ExitCause
 from supervisor.executor_handle import ExecutorHandle
+from supervisor.held_output import HeldOutput, LargeResult
 from supervisor.lanes import Lanes
 from supervisor.model_commands import ModelCommands
 from supervisor.outbox import Keeper, Outbox
@@ -179,8 +180,12 @@ class Dispatcher:
         message = encode_event(run.run_id, event.type, event.payload)
         self.outbox.put_event(run.key, message, len(event.payload) + EVENT_OVERHEAD_BYTES)
 
-    def run_result(self, handle: ExecutorHandle, result: Result, output: bytes) -> None:
+    def run_result(self, handle: ExecutorHandle, result: Result, output: bytes | HeldOutput) -> None:
         run = self._run_of(handle, result.key)
+        succeeds = run is not None and run.state is RunState.RUNNING and result.failure is None
+        if isinstance(output, HeldOutput) and not succeeds:
+            output.release()
+            output = b""
         if run is None:
             return
         if run.state is RunState.CANCELING:
@@ -334,13 +339,16 @@ class Dispatcher:
         log.info("run refused: %s", failure.detail, extra={"run_id": run_id})
         self.outbox.put_result(0, encode_result(run_id, b"", failure))
 
-    def _finish(self, run: Run, failure: Failure | None, output: bytes = b"") -> None:
+    def _finish(self, run: Run, failure: Failure | None, output: bytes | HeldOutput = b"") -> None:
         waiting_bytes = len(run.payload)
         if not run.finish(failure):
             return
         if run.handle is None:
             self.backlog.run_left(waiting_bytes)
-        self.outbox.put_result(run.key, encode_result(run.run_id, output, failure))
+        if isinstance(output, HeldOutput):
+            self.outbox.put_result(run.key, LargeResult(run.run_id, output))
+        else:
+            self.outbox.put_result(run.key, encode_result(run.run_id, output, failure))
         if failure is not None:
             words = (failure.detail or failure.safe_message).partition("\n")[0]
             log.info(

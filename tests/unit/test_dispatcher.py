@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gen_worker.pipe.arena import BLOB_THRESHOLD_BYTES, ArenaWriter
+from gen_worker.pipe.arena import BLOB_THRESHOLD_BYTES, ArenaReader, ArenaWriter, create_arena
 from gen_worker.pipe.frames import FRAME_CAP_BYTES
 from gen_worker.pipe.messages import (
     EVENT_OVERHEAD_BYTES,
@@ -200,14 +201,41 @@ async def test_large_payloads_go_by_shared_memory(make: MakeRig) -> None:
     rig.submit("r1", payload=payload)
     (sent,) = executor.sent(RunMessage)
     assert isinstance(sent.payload, Blob)
-    from gen_worker.pipe.arena import ArenaReader
-
     assert ArenaReader(executor.child.arena_down._fd).read(sent.payload) == payload
     executor.say(Free(sent.payload.offset))
     output = ArenaWriter(executor.child.arena_up._fd).put(b"o" * BLOB_THRESHOLD_BYTES)
     executor.say(Result(sent.key, output))
-    assert executor.sent(Free) == [Free(output.offset)]
+    assert executor.sent(Free) == [], "it stays where it is until it is sent"
     assert rig.results()["r1"].output_payload == b"o" * BLOB_THRESHOLD_BYTES
+    assert executor.sent(Free) == [Free(output.offset)]
+
+
+async def test_a_large_output_that_waits_outlives_its_executor(make: MakeRig) -> None:
+    rig = make([function()])
+    (executor,) = rig.executors
+    rig.submit("r1")
+    writer = ArenaWriter(os.dup(executor.child.arena_up._fd))
+    executor.say(Result(executor.key_of("r1"), writer.put(b"o" * BLOB_THRESHOLD_BYTES)))
+    writer.close()
+    executor.child.arena_up.close()
+    executor.die()
+    assert rig.results()["r1"].output_payload == b"o" * BLOB_THRESHOLD_BYTES
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(executor.child.arena_up._fd)
+    executor.child.arena_up = ArenaReader(create_arena("up"))  # for the rig to close
+
+
+@pytest.mark.parametrize("canceled", [True, False])
+async def test_a_large_output_that_nobody_wants_is_given_back(make: MakeRig, canceled: bool) -> None:
+    rig = make([function()])
+    (executor,) = rig.executors
+    rig.submit("r1")
+    key = executor.key_of("r1") if canceled else 4711
+    if canceled:
+        rig.dispatcher.cancel("r1")
+    output = ArenaWriter(executor.child.arena_up._fd).put(b"o" * BLOB_THRESHOLD_BYTES)
+    executor.say(Result(key, output))
+    assert executor.sent(Free) == [Free(output.offset)]
 
 
 async def test_no_shared_memory_for_a_payload(make: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
