@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from gen_worker.pipe.frames import FrameError
 from gen_worker.pipe.messages import (
     EVENT_OVERHEAD_BYTES,
@@ -177,6 +179,8 @@ class Dispatcher:
         run = self._run_of(handle, event.key)
         if run is None:
             return
+        if event.type in _STREAM_ENDS:
+            run.stream_ended = True
         message = encode_event(run.run_id, event.type, event.payload)
         self.outbox.put_event(run.key, message, len(event.payload) + EVENT_OVERHEAD_BYTES)
 
@@ -345,6 +349,11 @@ class Dispatcher:
             return
         if run.handle is None:
             self.backlog.run_left(waiting_bytes)
+        if failure is not None and not run.stream_ended and self._streams(run.function):
+            # Its executor can't say it (any more).
+            said = {"error_type": failure.error_type, "message": failure.safe_message}
+            message = encode_event(run.run_id, "output.error", msgspec.json.encode(said))
+            self.outbox.put_event(run.key, message, 0)
         if isinstance(output, HeldOutput):
             self.outbox.put_result(run.key, LargeResult(run.run_id, output))
         else:
@@ -390,6 +399,10 @@ class Dispatcher:
             return ()
         return self._residency.resolve(info, request.required_models, request.input_payload)
 
+    def _streams(self, function: str) -> bool:
+        info = self.functions.get(function)
+        return info is not None and info.mode in ("generator", "async_generator")
+
     def _users_of(self, model_id: str) -> int:
         return sum(any(used == model_id for _, used in run.models) for run in self._active.values())
 
@@ -406,4 +419,6 @@ class Dispatcher:
             run.handle.send_credit(key, size)
 
 
+_STREAM_ENDS: Final = frozenset(("output.completed", "output.error"))
+"""The last event of an incremental run."""
 _CAUSES: Final[dict[CancelCause | None, str]] = {"timeout": "deadline", "canceled": "cancel", None: "end"}

@@ -30,6 +30,7 @@ from tests.support.worker_process import (
     WAIT_S,
     Chain,
     WorkerProcess,
+    catches,
     eventually,
     is_alive,
 )
@@ -184,12 +185,6 @@ async def test_as_pid_1_it_can_be_stopped_before_it_serves() -> None:
         await eventually(lambda: catches(supervisor.pid, signal.SIGTERM), what="it has a handler")
         supervisor.send_signal(signal.SIGTERM)
         assert await worker.exit_code(5.0) == 0
-
-
-def catches(pid: int, number: signal.Signals) -> bool:
-    status = Path(f"/proc/{pid}/status").read_text().splitlines()
-    caught = next(int(line.split()[1], 16) for line in status if line.startswith("SigCgt:"))
-    return bool(caught >> (number - 1) & 1)
 
 
 # -- many crashes ---------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from gen_worker.pipe.messages import (
     Failure,
     Fatal,
     Free,
+    FunctionMode,
     LoadModel,
     ModelLoaded,
     ModelUnloaded,
@@ -807,6 +808,40 @@ async def test_an_executor_that_dies_answers_each_run_once(make: MakeRig) -> Non
     assert rig.results() == {}
     assert second.handle.load == 3
     assert rig.changes >= 3
+
+
+@pytest.mark.parametrize("end", ["dies", "canceled", "had not started", "says it itself", "is no stream"])
+async def test_a_stream_that_its_executor_can_not_end_is_ended_for_it(make: MakeRig, end: str) -> None:
+    mode: FunctionMode = "sync" if end == "is no stream" else "generator"
+    rig = make([function(mode=mode, limit=1)], limits=Limits(0, 1, 0.0, 0))
+    (executor,) = rig.executors
+    rig.submit("r0")
+    rig.submit("r1")
+    key = executor.key_of("r0")
+    executor.say(Event(key, "output.delta", b"{}"))
+    if end == "had not started":
+        rig.dispatcher.cancel("r1")
+    elif end == "canceled":
+        rig.dispatcher.cancel("r0")
+        await until(lambda: rig.dispatcher.active < 2)
+    elif end == "says it itself":
+        executor.say(Event(key, "output.error", b'{"its":"own"}'))
+        executor.say(Result(key, failure=Failure("validation", "no")))
+    else:
+        executor.die()
+    said = rig.messages()
+    (run_id,) = {message.run_result.run_id for message in said if message.HasField("run_result")}
+    own = [m for m in said if run_id in {m.run_result.run_id, m.worker_event.run_id}]
+    assert own[-1].HasField("run_result")
+    errors = [m.worker_event.payload_json for m in own if m.worker_event.event_type == "output.error"]
+    expected = {
+        "dies": [b'{"error_type":"retryable","message":"worker process crashed"}'],
+        "canceled": [b'{"error_type":"canceled","message":"canceled"}'],
+        "had not started": [b'{"error_type":"canceled","message":"canceled"}'],
+        "says it itself": [b'{"its":"own"}'],
+        "is no stream": [],
+    }
+    assert errors == expected[end]
 
 
 async def test_messages_of_the_dead_and_of_ended_runs_reach_no_one(make: MakeRig) -> None:
