@@ -53,8 +53,10 @@ class Reader:
                     self.service.handle(frames)
                 else:
                     self._before_ready(frames)
-        except (EOFError, OSError):
+        except EOFError:
             self._departure.pipe_closed()
+        except OSError as error:
+            self._departure.pipe_closed(error)
         except (FrameError, ArenaError, msgspec.DecodeError) as error:
             message = f"the supervisor sent what can't be understood: {error}"
             say(message)
@@ -114,7 +116,7 @@ def main() -> None:
     faulthandler.enable(all_threads=False)  # a hundred idle threads would push out what else it said
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no KeyboardInterrupt in the midst of the event loop
     buffer_by_line()
-    link = Link(arguments.pipe_fd, on_broken=lambda _: departure.pipe_closed())
+    link = Link(arguments.pipe_fd, on_broken=lambda error: departure.pipe_closed(error))  # noqa: PLW0108  (made below)
     departure = Departure(link)
     reader = Reader(link, departure)
     reader.start()

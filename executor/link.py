@@ -2,7 +2,8 @@
 
 Owns: the socket and what waits to be written to it.
 
-1. One thread, the reader, takes whole frames with `receive`.
+1. One thread, the reader, takes whole frames with `receive`. Tenant code may close the socket under it; the kernel does
+   not wake it up for that, so it looks every LOOK_S.
 2. Any thread hands a message over with `send`, which never waits for the supervisor: it appends the frame, and the
    thread that gets the turn writes what all of them appended, whole frames in order, in as few writes as it takes.
 3. When the socket is full the turn goes to a writer thread, which may wait. So neither the tenant's event loop nor the
@@ -11,7 +12,10 @@ Owns: the socket and what waits to be written to it.
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -24,8 +28,12 @@ READ_BYTES: Final = 64 * 1024
 """Under malloc's mmap threshold, so that a read costs no page faults; a window of small runs fits."""
 WRITE_BYTES: Final = 256 * 1024
 """At most this much is joined for one write."""
+LOOK_S: Final = 0.25
 SEND_BUFFER_BYTES: Final = 1024 * 1024
 """As the supervisor asks for its direction; the kernel caps it at net.core.wmem_max."""
+
+
+_TIMEVAL: Final = struct.Struct("@ll")
 
 
 class Link:
@@ -34,6 +42,8 @@ class Link:
     def __init__(self, fd: int, on_broken: Callable[[OSError], None]) -> None:
         self._socket = socket.socket(fileno=fd)
         self._socket.setblocking(True)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, int(LOOK_S * 1_000_000)))
+        self._inode = os.fstat(fd).st_ino
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self._on_broken = on_broken
         self._decoder = FrameDecoder()
@@ -48,7 +58,13 @@ class Link:
     def receive(self) -> list[bytes]:
         """Whole frames, at least one; blocks. Raises EOFError at the end, FrameError for garbage, OSError."""
         while True:
-            data = self._socket.recv(READ_BYTES)
+            try:
+                data = self._socket.recv(READ_BYTES)
+            except BlockingIOError:
+                # Nothing for LOOK_S. What has its number now may be another file: of that nothing may be read.
+                if os.fstat(self._socket.fileno()).st_ino != self._inode:
+                    raise OSError(errno.EBADF, "the pipe was closed in this process") from None
+                continue
             if not data:
                 raise EOFError
             if frames := self._decoder.feed(data):

@@ -106,8 +106,10 @@ class Departure:
             code = 0
         self._leave(code & 0xFF if isinstance(code, int) else 1)
 
-    def pipe_closed(self) -> NoReturn:
-        """Nobody is left to answer to."""
+    def pipe_closed(self, error: OSError | None = None) -> NoReturn:
+        """Nobody is left to answer to; or tenant code has closed the way to them, which `error` tells."""
+        if error is not None:
+            say(f"its pipe to the supervisor is gone ({error.strerror}): was it closed by code in this process?")
         os._exit(ExitCode.PIPE_CLOSED)
 
     def stop(self) -> NoReturn:

@@ -94,10 +94,10 @@ class ActiveRun:
         self._answer(Result(self.message.key, output))
 
     def fail(self, error: BaseException, *, poisoned: bool = False) -> Failure:
-        """Answer with what went wrong, and say so in the stream of an incremental run that had begun."""
+        """Answer with what went wrong, and say so in the stream of an incremental run."""
         failure = self._failure_of(error)
         drop_frames(error)
-        if self.spec.incremental and self.context is not None:
+        if self.spec.incremental:
             said = {"error_type": failure.error_type, "message": failure.safe_message}
             self.events.close(("output.error", msgspec.json.encode(said)))
         else:

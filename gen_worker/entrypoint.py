@@ -1,16 +1,19 @@
 """`gen-worker-supervisor` and `python -m gen_worker.entrypoint`: the container's entrypoint.
 
-Owns: the check that the packages `supervisor` and `executor` are ours. PyPI has distributions that install packages
-of these names, and one of them first on the path would be run in our place.
+Owns: the check that the packages `supervisor` and `executor` are ours (PyPI has distributions that install packages
+of these names, and one of them first on the path would be run in our place), and what a signal does until the worker
+has handlers of its own: an orderly stop, since nothing runs yet that would have to be drained.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from importlib.machinery import PathFinder
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 SIBLINGS: Final = ("supervisor", "executor")
 EXIT_PACKAGE_CLASH: Final = 5
@@ -32,8 +35,21 @@ def find_clash() -> str | None:
     return None
 
 
+def stop_on_signals() -> None:
+    """From here on SIGTERM and SIGINT end the process with 0, at once. As PID 1 it would not even notice them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    # Not by SystemExit: in the midst of an import that is anybody's to catch.
+    os.write(2, f"gen-worker-supervisor: {signal.Signals(number).name} before it served: it leaves\n".encode())
+    os._exit(0)
+
+
 def main() -> int:
     """Run the supervisor; returns its exit code."""
+    stop_on_signals()
     clash = find_clash()
     if clash is not None:
         print(f"gen-worker-supervisor: {clash}", file=sys.stderr)  # noqa: T201

@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from gen_worker.pipe.frames import FrameError
 from gen_worker.pipe.messages import (
     EVENT_OVERHEAD_BYTES,
@@ -38,6 +40,7 @@ from supervisor import runs
 from supervisor.backlog import Backlog
 from supervisor.child import ExitCause
 from supervisor.executor_handle import ExecutorHandle
+from supervisor.held_output import HeldOutput, LargeResult
 from supervisor.lanes import Lanes
 from supervisor.model_commands import ModelCommands
 from supervisor.outbox import Keeper, Outbox
@@ -176,11 +179,17 @@ class Dispatcher:
         run = self._run_of(handle, event.key)
         if run is None:
             return
+        if event.type in _STREAM_ENDS:
+            run.stream_ended = True
         message = encode_event(run.run_id, event.type, event.payload)
         self.outbox.put_event(run.key, message, len(event.payload) + EVENT_OVERHEAD_BYTES)
 
-    def run_result(self, handle: ExecutorHandle, result: Result, output: bytes) -> None:
+    def run_result(self, handle: ExecutorHandle, result: Result, output: bytes | HeldOutput) -> None:
         run = self._run_of(handle, result.key)
+        succeeds = run is not None and run.state is RunState.RUNNING and result.failure is None
+        if isinstance(output, HeldOutput) and not succeeds:
+            output.release()
+            output = b""
         if run is None:
             return
         if run.state is RunState.CANCELING:
@@ -334,13 +343,21 @@ class Dispatcher:
         log.info("run refused: %s", failure.detail, extra={"run_id": run_id})
         self.outbox.put_result(0, encode_result(run_id, b"", failure))
 
-    def _finish(self, run: Run, failure: Failure | None, output: bytes = b"") -> None:
+    def _finish(self, run: Run, failure: Failure | None, output: bytes | HeldOutput = b"") -> None:
         waiting_bytes = len(run.payload)
         if not run.finish(failure):
             return
         if run.handle is None:
             self.backlog.run_left(waiting_bytes)
-        self.outbox.put_result(run.key, encode_result(run.run_id, output, failure))
+        if failure is not None and not run.stream_ended and self._streams(run.function):
+            # Its executor can't say it (any more).
+            said = {"error_type": failure.error_type, "message": failure.safe_message}
+            message = encode_event(run.run_id, "output.error", msgspec.json.encode(said))
+            self.outbox.put_event(run.key, message, 0)
+        if isinstance(output, HeldOutput):
+            self.outbox.put_result(run.key, LargeResult(run.run_id, output))
+        else:
+            self.outbox.put_result(run.key, encode_result(run.run_id, output, failure))
         if failure is not None:
             words = (failure.detail or failure.safe_message).partition("\n")[0]
             log.info(
@@ -382,6 +399,10 @@ class Dispatcher:
             return ()
         return self._residency.resolve(info, request.required_models, request.input_payload)
 
+    def _streams(self, function: str) -> bool:
+        info = self.functions.get(function)
+        return info is not None and info.mode in ("generator", "async_generator")
+
     def _users_of(self, model_id: str) -> int:
         return sum(any(used == model_id for _, used in run.models) for run in self._active.values())
 
@@ -398,4 +419,6 @@ class Dispatcher:
             run.handle.send_credit(key, size)
 
 
+_STREAM_ENDS: Final = frozenset(("output.completed", "output.error"))
+"""The last event of an incremental run."""
 _CAUSES: Final[dict[CancelCause | None, str]] = {"timeout": "deadline", "canceled": "cancel", None: "end"}

@@ -46,6 +46,7 @@ from gen_worker.wire import TRANSPORT_LIMIT_BYTES
 from supervisor.child import Child, ExitCause
 from supervisor.devices import Device
 from supervisor.executor_user import ExecutorUser
+from supervisor.held_output import HeldOutput
 from supervisor.output_log import OutputLog
 from supervisor.runs import Run, invalid
 
@@ -79,7 +80,7 @@ class HandleEvents(Protocol):
     def executor_draining(self, handle: ExecutorHandle) -> None: ...
     def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None: ...
     def run_event(self, handle: ExecutorHandle, event: Event) -> None: ...
-    def run_result(self, handle: ExecutorHandle, result: Result, output: bytes) -> None: ...
+    def run_result(self, handle: ExecutorHandle, result: Result, output: bytes | HeldOutput) -> None: ...
     def model_loaded(self, handle: ExecutorHandle, loaded: ModelLoaded) -> None: ...
     def model_unloaded(self, handle: ExecutorHandle, unloaded: ModelUnloaded) -> None: ...
 
@@ -275,9 +276,8 @@ class ExecutorHandle:
             detail = f"an output of {output.size} bytes is over the transport's limit of {OUTPUT_CAP_BYTES}"
             self._events.run_result(self, Result(result.key, failure=invalid("output too large", detail)), b"")
             return
-        data = self._child.arena_up.read(output)
-        self._send(Free(output.offset))
-        self._events.run_result(self, result, data)
+        held = HeldOutput(self._child.arena_up, output, lambda offset: self._send(Free(offset)))
+        self._events.run_result(self, result, held)
 
     def _ready(self, ready: Ready) -> None:
         if ready.protocol != PIPE_PROTOCOL:

@@ -67,12 +67,25 @@ def prepare_place(settings: Settings, project_root: Path) -> ExecutorPlace:
             home = user.home or run_dir / "home"
             if user.home is None:
                 stack.enter_context(_subdirectory(own, home.name, uid, gid))
+    except PermissionError:
+        raise ConfigError(_closed_to_us(settings.run_dir)) from None
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ConfigError(f"WORKER_RUN_DIR is {settings.run_dir}, which can't be used: {reason}") from None
     _try_user(user, project_root)
     names = {"USER": user.name, "LOGNAME": user.name} if user.name else {}
     return ExecutorPlace(run_dir, user, {"HOME": str(home), **names})
+
+
+def _closed_to_us(run_dir: Path) -> str:
+    """What stands in the way of this user, and what to do: often a worker ran as root on this host before."""
+    place = next((path for path in (run_dir, *run_dir.parents) if path.exists()), run_dir)
+    try:
+        owner = f"{place} belongs to uid {place.stat().st_uid}"
+    except OSError as error:
+        owner = f"{place}: {error.strerror}"
+    remedy = f"set WORKER_RUN_DIR to a directory of its own, or remove or chown {place}"
+    return f"WORKER_RUN_DIR is {run_dir}, where uid {os.geteuid()} may not write ({owner}): {remedy}"
 
 
 def _find_user(settings: Settings) -> ExecutorUser | None:

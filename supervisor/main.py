@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,9 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments:
         return _answer(arguments)
-    if os.getpid() == 1:
-        # The kernel drops what PID 1 has no handler for; until the worker has its own, a stop is a plain end.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.OK))
     environ = process_environment()
     try:
         settings = load_settings(environ)

@@ -9,20 +9,31 @@ batches and says what went out; when a stream ends, what may have been lost with
 3. What an event weighed is credited back to its run when the event went out: an executor has only a window of
    bytes under way per run, which bounds this object while no one reads.
 4. The protocol has no acknowledgements. A result that went out is retained, and sent again on the next stream
-   (the scheduler drops duplicates by run_id), until it is known to have arrived: DELIVERED_BYTES or DELIVERED_RESULTS
-   have followed it, more than a connection can hold, or the stream outlived it by DELIVERED_S, longer than keepalive
-   takes to find a dead peer.
-5. A Keeper, when there is one, has every result from when it is put until it is known to have arrived.
+   (the scheduler drops duplicates by run_id), until it is known to have arrived: DELIVERED_BYTES have followed it,
+   more than a connection can hold, or the stream outlived it by DELIVERED_S, longer than keepalive takes to find a
+   dead peer.
+5. A scheduler can't tell a repeated event from a new one. So events go again only when the stream showed that they
+   were not read: it took nothing for UNREAD_S before its end, or the peer had gone silent.
+   docs/adr/0004-known-delivered.md has the reasons.
+6. A result that scheduler after scheduler refuses for its size is replaced by a failure that says so.
+7. A large output is read from its executor's shared memory when it is sent, not before.
+8. A Keeper, when there is one, has every result from when it is put until it is known to have arrived.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from supervisor.backlog import Backlog
+from supervisor.oversize import Name, Oversize, refuses_size
+from supervisor.retention import FRAMING_BYTES, Pack, Retention, Sent, messages
+from supervisor.transport import StreamStatus
+
+log = logging.getLogger(__name__)
 
 BATCH_MESSAGES: Final = 128
 BATCH_BYTES: Final = 256 * 1024
@@ -31,13 +42,14 @@ TURN_BYTES: Final = 16 * 1024
 
 DELIVERED_BYTES: Final = 32 * 1024 * 1024
 """Twice what the largest usual HTTP/2 window (16 MiB) holds; a stalled grpcio server was seen to take 10.5 MiB."""
-DELIVERED_RESULTS: Final = 20_000
-"""The same for tiny results, of which the bytes above would be a heap of objects: more than a scheduler that
-does not read has runs under way with one worker."""
+EVENTS_BYTES: Final = 16 * 1024 * 1024
+"""The same for events: here too much means repeats, so it is what a window holds, not twice that."""
 DELIVERED_S: Final = 60.0
 """Twice what keepalive (20 s, then 10 s for the answer) needs to notice a broken connection."""
+UNREAD_S: Final = 0.25
+"""A stream that took nothing for so long was not read: its window was full. One that is read takes a batch at once."""
 _OVERHEAD_BYTES: Final = 256
-"""What a retained message costs beyond its bytes; counted, so that tiny results don't pile up."""
+"""What a waiting message costs beyond its bytes; counted, so that tiny results don't pile up."""
 
 
 class Keeper(Protocol):
@@ -61,12 +73,34 @@ class _NoKeeper:
         pass
 
 
+class Output(Protocol):
+    """A result that is made when it is sent; until then its large output lies elsewhere."""
+
+    size: int
+    """Of the message, or nearly: enough to count by."""
+
+    def message(self) -> bytes:
+        """Make it."""
+        ...
+
+    def release(self) -> None:
+        """It was made for the last time."""
+
+
 class _Answer(NamedTuple):
     """A result, or what answers a command."""
 
-    data: bytes
+    data: bytes | Output
+    size: int
     ticket: int | None
     """The keeper's; None: not a result, so it is not sent again."""
+    key: int = 0
+    """Of the run; 0: of none that this supervisor started."""
+
+    @property
+    def cost(self) -> int:
+        """What it counts for while it waits."""
+        return self.size + _OVERHEAD_BYTES
 
 
 class _RunQueue:
@@ -82,6 +116,10 @@ class _RunQueue:
         self.queued = False
         """Whether it has its place in the turns."""
 
+    def put_first(self, events: Sequence[bytes]) -> None:
+        """These go again; their credit was given when they went out before."""
+        self.items.extendleft((data, 0) for data in reversed(events))
+
 
 class _Taken(NamedTuple):
     data: bytes
@@ -91,15 +129,9 @@ class _Taken(NamedTuple):
     """None: an event."""
 
 
-class _Retained(NamedTuple):
-    result: _Answer
-    mark: int
-    sent_at: float
-
-
-def _fits(message: bytes, room: int, taken: Sequence[_Taken]) -> bool:
+def _fits(size: int, room: int, taken: Sequence[_Taken]) -> bool:
     """A heartbeat waits until a batch is out, so what is larger than a batch goes alone."""
-    return len(message) <= room or not taken
+    return size <= room or not taken
 
 
 class Outbox:
@@ -116,14 +148,28 @@ class Outbox:
         self._clock = clock
         self._backlog = backlog or Backlog(clock)
         self._keeper = keeper or _NoKeeper()
+        self._keeps = keeper is not None
         self._urgent: deque[_Answer] = deque()
         self._queues: dict[int, _RunQueue] = {}
         self._turns: deque[_RunQueue] = deque()
         self._taken: list[_Taken] = []
-        self._retained: deque[_Retained] = deque()
-        self._again = 0
-        """How many at the head of `_urgent` went out on the stream that was closed last."""
-        self._sent_bytes = 0
+        self._taken_at = 0.0
+        self._retained = Retention(DELIVERED_BYTES)
+        self._events = Retention(EVENTS_BYTES)
+        """Events that went out, for the case that they were not read."""
+        self._again: deque[Pack] = deque()
+        """Results that go out once more, before all others."""
+        self._unpacked: deque[_Answer] = deque()
+        """Those of the pack whose turn it is."""
+        self._just_closed = 0
+        """How many packs at the head of `_again` went out on the stream that was closed last."""
+        self._oversize = Oversize()
+        self._position = 0
+        """Bytes that went out, on all streams together."""
+        self._was_unread = False
+        """The last batch was stuck when its stream ended."""
+        self._refused: _Answer | None = None
+        """What the last stream was being given when it ended."""
         self._wake = asyncio.Event()
         self._handed_over = asyncio.Event()
 
@@ -138,9 +184,13 @@ class Outbox:
         self._queue_turn(queue)
         self._wake.set()
 
-    def put_result(self, key: int, message: bytes) -> None:
+    def put_result(self, key: int, message: bytes | Output) -> None:
         """Queue the result of run `key`: the last that is ever put for this key."""
-        result = _Answer(message, self._keeper.keep(message))
+        if isinstance(message, bytes):
+            result = _Answer(message, len(message), self._keeper.keep(message), key)
+        else:
+            ticket = self._keeper.keep(message.message()) if self._keeps else 0
+            result = _Answer(message, message.size, ticket, key)
         self._waits(result)
         queue = self._queues.pop(key, None)
         if queue is not None and queue.items:
@@ -153,13 +203,13 @@ class Outbox:
 
     def put_kept(self, message: bytes, ticket: int) -> None:
         """Queue a result that the keeper had before, of a run of an earlier supervisor."""
-        result = _Answer(message, ticket)
+        result = _Answer(message, len(message), ticket)
         self._waits(result)
         self._urgent.append(result)
 
     def put_control(self, message: bytes) -> None:
         """Queue an answer that belongs to no run."""
-        answer = _Answer(message, None)
+        answer = _Answer(message, len(message), None)
         self._waits(answer)
         self._urgent.append(answer)
 
@@ -167,7 +217,8 @@ class Outbox:
     def depth(self) -> int:
         """Messages that wait, including those being handed over."""
         waiting = sum(len(queue.items) + (queue.result is not None) for queue in self._turns)
-        return len(self._urgent) + waiting + len(self._taken)
+        again = sum(map(len, self._again)) + len(self._unpacked)
+        return again + len(self._urgent) + waiting + len(self._taken)
 
     # -- the session --------------------------------------------------------------------------
 
@@ -175,16 +226,19 @@ class Outbox:
         """The next batch; waits until there is one. A batch that `accepted` did not follow is taken again."""
         if self._taken:
             self.accepted(0)
-        while not self._urgent and not self._turns:
+        while not (self._urgent or self._turns or self._again or self._unpacked):
             self._wake.clear()
             await self._wake.wait()
-        self._again = 0
+        self._just_closed = 0
+        self._taken_at = self._clock()
         room = BATCH_BYTES
         taken = self._taken
-        while self._urgent and len(taken) < BATCH_MESSAGES and _fits(self._urgent[0].data, room, taken):
-            answer = self._urgent.popleft()
-            taken.append(_Taken(answer.data, None, 0, answer))
-            room -= len(answer.data)
+        while len(taken) < BATCH_MESSAGES:
+            answers = self._answers()
+            if not answers or not _fits(answers[0].size, room, taken):
+                break
+            taken.append(self._take(answers.popleft(), None))
+            room -= len(taken[-1].data)
         while self._turns and room > 0 and len(taken) < BATCH_MESSAGES:
             queue = self._turns.popleft()
             queue.queued = False
@@ -201,14 +255,11 @@ class Outbox:
         """The first `count` messages of the last batch went out; the rest is queued again, in order."""
         taken, self._taken = self._taken, []
         now = self._clock()
+        if count < len(taken):
+            self._was_unread = now - self._taken_at >= UNREAD_S
+            self._refused = taken[count].answer
         for item in taken[:count]:
-            self._sent_bytes += len(item.data)
-            if item.answer is not None:
-                self._backlog.answer_left(len(item.data) + _OVERHEAD_BYTES)
-                if item.answer.ticket is not None:
-                    self._retained.append(_Retained(item.answer, self._sent_bytes, now))
-            if item.queue is not None:
-                item.queue.credit += item.weight
+            self._went_out(item, now)
         for item in reversed(taken[count:]):
             self._put_back(item)
         self._settle(taken)
@@ -216,33 +267,138 @@ class Outbox:
         self._handed_over.set()
 
     def stream_opened(self) -> None:
-        """A new stream stands: nothing to do, since what must go again was queued when the last one closed."""
+        """A new stream stands; what must go again was queued when the last one closed."""
+        self._was_unread, self._refused = False, None
 
-    def stream_closed(self) -> None:
-        """Results that the stream may have swallowed are sent again, before anything newer."""
+    def stream_closed(self, status: StreamStatus | None = None) -> None:
+        """Results that the stream may have swallowed are sent again, before anything newer.
+
+        `status` says how it ended, if it was not by us.
+        """
         if self._taken:
             self.accepted(0)
         self.forget_delivered()
-        while self._retained:
-            result = self._retained.pop().result
-            self._waits(result)
-            self._urgent.appendleft(result)
-            self._again += 1
+        self._urgent.extendleft(reversed(self._unpacked))
+        self._unpacked.clear()
+        results, events = self._retained.take_all(), self._events.take_all()
+        if status is not None and refuses_size(status):
+            self._note_refusal(status, results)
+        if self._was_unread or (status is not None and status.silent):
+            results = self._send_events_again(events, results)
+        elif doubtful := sum(len(pack) for pack in events if self._clock() - pack.sent_at < UNREAD_S):
+            log.info("%d events went out in the stream's last moment: those that were not read are lost", doubtful)
+        self._again.extendleft(reversed(results))
+        self._just_closed = len(results)
+        for pack in results:
+            self._backlog.answer_waits(pack.size)
+        if self._again:
+            self._wake.set()
 
     def stream_read_to_end(self) -> None:
         """The scheduler has read all of the stream that was closed last: nothing of it needs to go again."""
-        while self._again:
-            self._again -= 1
-            answer = self._urgent.popleft()
-            self._backlog.answer_left(len(answer.data) + _OVERHEAD_BYTES)
-            if answer.ticket is not None:
-                self._keeper.forget(answer.ticket)
+        for _ in range(self._just_closed):
+            pack = self._again.popleft()
+            self._backlog.answer_left(pack.size)
+            self._forget(pack)
+        self._just_closed = 0
+
+    def forget_delivered(self) -> None:
+        """Let go of what is known to have arrived by now.
+
+        Time proves nothing while a batch is stuck: a scheduler's library answers pings that its program never sees.
+        """
+        before = None if self._taken else self._clock() - DELIVERED_S
+        for pack in self._retained.arrived(self._position, before):
+            self._forget(pack)
+        for _ in self._events.arrived(self._position, before):
+            pass
 
     # -- inside -------------------------------------------------------------------------------
 
     def _waits(self, answer: _Answer) -> None:
-        self._backlog.answer_waits(len(answer.data) + _OVERHEAD_BYTES)
+        self._backlog.answer_waits(answer.cost)
         self._wake.set()
+
+    def _went_out(self, item: _Taken, now: float) -> None:
+        self._position += len(item.data) + FRAMING_BYTES
+        if item.answer is not None:
+            self._backlog.answer_left(item.answer.cost)
+            if item.answer.ticket is not None:
+                self._retained.add(Sent(item.answer.key, item.answer.ticket, item.data), self._position, now)
+        elif item.queue is not None:
+            self._events.add(Sent(item.queue.key, 0, item.data), self._position, now)
+        if item.queue is not None:
+            item.queue.credit += item.weight
+
+    def _note_refusal(self, status: StreamStatus, results: Sequence[Pack]) -> None:
+        """It may have ended since a result was too large: one that went out on it, or was about to."""
+        named = [(Name(sent.key, sent.ticket), len(sent.data)) for sent in messages(results)]
+        last = self._refused
+        if last is not None and last.ticket is not None:
+            named.append((Name(last.key, last.ticket), last.size))
+        self._oversize.refused(status, named)
+
+    def _forget(self, pack: Pack) -> None:
+        for ticket in pack.tickets:
+            self._keeper.forget(ticket)
+
+    def _answers(self) -> deque[_Answer]:
+        """What goes first: results that go again, a pack at a time, then what is urgent."""
+        if not self._unpacked and self._again:
+            pack = self._again.popleft()
+            self._backlog.answer_left(pack.size)
+            self._unpacked.extend(_Answer(data, len(data), ticket, key) for key, ticket, data in pack)
+            for answer in self._unpacked:
+                self._backlog.answer_waits(answer.cost)
+        return self._unpacked or self._urgent
+
+    def _send_events_again(self, events: Sequence[Pack], results: Sequence[Pack]) -> list[Pack]:
+        """Queue events once more, and behind them the results of their runs. Returns the results that are left.
+
+        A run whose result has arrived is over, and so are its events.
+        """
+        by_run: dict[int, list[bytes]] = {}
+        for sent in messages(events):
+            by_run.setdefault(sent.key, []).append(sent.data)
+        ends = {sent.key: sent for sent in messages(results) if sent.key in by_run}
+        ends_waiting = {answer.key: answer for answer in self._urgent if answer.key in by_run}
+        queues = {queue.key: queue for queue in (*self._turns, *self._queues.values())}
+        again = 0
+        for key, items in by_run.items():
+            queue = queues.get(key)
+            if queue is None and key not in ends and key not in ends_waiting:
+                continue
+            queue = queue or _RunQueue(key)
+            queue.put_first(items)
+            again += len(items)
+            if (end := ends.get(key)) is not None:
+                queue.result = _Answer(end.data, len(end.data), end.ticket, key)
+                self._waits(queue.result)
+            elif key in ends_waiting:
+                queue.result = ends_waiting[key]
+            self._queue_turn(queue)
+        if ends_waiting:
+            self._urgent = deque(answer for answer in self._urgent if answer.key not in ends_waiting)
+        if again:
+            log.warning("the scheduler had stopped reading: %d events are sent again, some may come twice", again)
+            self._wake.set()
+        return [left for pack in results if len(left := pack.without(ends.__contains__))] if ends else list(results)
+
+    def _take(self, answer: _Answer, queue: _RunQueue | None) -> _Taken:
+        """For a batch. A result that no scheduler takes is a failure from here on."""
+        data = answer.data
+        if not isinstance(data, bytes):
+            output, data = data, data.message()
+            output.release()
+            answer = answer._replace(data=data)
+        if answer.ticket is not None and self._oversize.has_replacements:
+            failure = self._oversize.replacement(Name(answer.key, answer.ticket), data)
+            if failure is not None:
+                self._backlog.answer_left(answer.cost)
+                self._keeper.forget(answer.ticket)
+                data, answer = failure, _Answer(failure, len(failure), self._keeper.keep(failure), answer.key)
+                self._backlog.answer_waits(answer.cost)
+        return _Taken(data, queue, 0, answer)
 
     def _take_turn(self, queue: _RunQueue, room: int) -> int:
         used, allowance = 0, min(room, TURN_BYTES)
@@ -251,9 +407,9 @@ class Outbox:
             self._taken.append(_Taken(data, queue, weight, None))
             used += len(data)
         result_is_next = queue.result is not None and not queue.items and len(self._taken) < BATCH_MESSAGES
-        if queue.result is not None and result_is_next and _fits(queue.result.data, room - used, self._taken):
-            self._taken.append(_Taken(queue.result.data, queue, 0, queue.result))
-            used += len(queue.result.data)
+        if queue.result is not None and result_is_next and _fits(queue.result.size, room - used, self._taken):
+            self._taken.append(self._take(queue.result, queue))
+            used += len(self._taken[-1].data)
             queue.result = None
         self._queue_turn(queue)
         return used
@@ -269,7 +425,7 @@ class Outbox:
             if item.queue is not None:
                 item.queue.items.appendleft((item.data, item.weight))
         elif item.queue is None:
-            self._urgent.appendleft(item.answer)
+            (self._unpacked or self._urgent).appendleft(item.answer)
         else:
             item.queue.result = item.answer
 
@@ -283,19 +439,3 @@ class Outbox:
             if queue.result is not None and not queue.items:
                 self._urgent.append(queue.result)  # its events went out, so it waits for nothing any more
                 queue.result = None
-
-    def forget_delivered(self) -> None:
-        """Let go of the results that are known to have arrived by now.
-
-        Time proves nothing while a batch is stuck: a scheduler's library answers pings that its program never sees.
-        """
-        now = self._clock()
-        retained = self._retained
-        while retained and (
-            self._sent_bytes - retained[0].mark >= DELIVERED_BYTES
-            or len(retained) > DELIVERED_RESULTS
-            or (not self._taken and now - retained[0].sent_at >= DELIVERED_S)
-        ):
-            ticket = retained.popleft().result.ticket
-            if ticket is not None:
-                self._keeper.forget(ticket)

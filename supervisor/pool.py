@@ -122,9 +122,13 @@ class Pool:
             else:
                 handle.kill(reason)
         await self._wait_empty(grace_s)
+        self.kill(reason)
+        await self._wait_empty(KILL_WAIT_S)
+
+    def kill(self, reason: str) -> None:
+        """End all executors now; `stop` then returns."""
         for handle in self.handles:
             handle.kill(reason)
-        await self._wait_empty(KILL_WAIT_S)
 
     async def _wait_empty(self, timeout_s: float) -> None:
         if self.handles:

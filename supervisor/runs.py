@@ -43,7 +43,7 @@ class Run:
 
     __slots__ = (
         "alone", "arrived", "cause", "fingerprint", "function", "handle", "key", "models", "payload", "run_id",
-        "started", "state", "tenant_id", "timeout_ms", "timer", "user_id",
+        "started", "state", "stream_ended", "tenant_id", "timeout_ms", "timer", "user_id",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0913, PLR0917  (the request's fields, filled in at one place)
@@ -76,6 +76,8 @@ class Run:
         """Names function and payload (quarantine.py)."""
         self.alone = False
         """Whether no other run may be on its executor with it."""
+        self.stream_ended = False
+        """Whether an incremental run has said how its output ended."""
         self.timer: asyncio.TimerHandle | None = None
         """The deadline's while the run has one; after a cancel, the grace period's."""
 

@@ -61,8 +61,8 @@ class Outgoing(Protocol):
     def stream_opened(self) -> None:
         """A new stream takes messages from now on."""
 
-    def stream_closed(self) -> None:
-        """The stream is gone, and maybe some of what it accepted last."""
+    def stream_closed(self, status: StreamStatus | None = None) -> None:
+        """The stream is gone, and maybe some of what it accepted last; `status` says how, if it ended by itself."""
 
     async def flushed(self) -> None:
         """Wait until nothing is left to take and the last batch is accepted."""
@@ -258,6 +258,7 @@ class Session:
         log.info("stream %d to %s is open", self._epoch, target)
         self._link = link = _Link(stream, target, self._clock.now())
         self._outgoing.stream_opened()
+        status: StreamStatus | None = None
         try:
             status = await self._serve(link)
         except BaseException:
@@ -265,7 +266,7 @@ class Session:
             raise
         finally:
             self._link = None
-            self._outgoing.stream_closed()
+            self._outgoing.stream_closed(status)
         link.status.set_result(status)
         return StreamEnd(target, status, link.life(self._clock.now()), self._epoch, drained=link.drained)
 

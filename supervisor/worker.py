@@ -123,6 +123,7 @@ class Worker:
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)  # what is left takes a moment, and its exit code is known
             self._oom.stop()
             FAMILY.unfollow()
         return self._exit_code(session)
@@ -163,7 +164,10 @@ class Worker:
         if not self._session.drained:
             self._undelivered = self._dispatcher.outbox.depth
         self._session.stop()
-        await asyncio.wait([session, leaving], timeout=FLUSH_S)
+        await self._unless_forced(asyncio.wait([session, leaving], timeout=FLUSH_S))
+        if self._forced.is_set():
+            self._pool.kill("a second signal")
+            await asyncio.wait([leaving], timeout=LEAVE_S)
         session.cancel()
         if self._session.read_to_end:
             self._dispatcher.outbox.stream_read_to_end()

@@ -99,6 +99,8 @@ class ArenaReader:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._map: mmap.mmap | None = None
+        self._held = 0
+        self._closing = False
 
     def read(self, blob: Blob) -> bytes:
         """A copy of the blob. Raises ArenaError."""
@@ -118,9 +120,23 @@ class ArenaReader:
             self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
         return memoryview(self._map)[blob.offset : blob.offset + blob.size]
 
+    def hold(self, blob: Blob) -> None:
+        """The blob will be read later, maybe after `close`; a `release` follows. Raises ArenaError."""
+        self._check(blob)
+        self._held += 1
+
+    def release(self) -> None:
+        """What was held is not read any more."""
+        self._held -= 1
+        if self._closing and not self._held:
+            os.close(self._fd)
+
     def close(self) -> None:
+        """The memory goes with the last blob that is held."""
         self._map = None
-        os.close(self._fd)
+        self._closing = True
+        if not self._held:
+            os.close(self._fd)
 
     def _check(self, blob: Blob) -> None:
         size = os.fstat(self._fd).st_size

@@ -41,6 +41,8 @@ class StreamStatus:
 
     code: StatusCode
     details: str
+    silent: bool = False
+    """The peer had not answered for so long that it was given up: what went out last was not read."""
 
     def __str__(self) -> str:
         return f"{self.code.name}: {self.details}" if self.details else self.code.name

@@ -43,12 +43,17 @@ _MESSAGE_BYTES: Final = TRANSPORT_LIMIT_BYTES + 1024 * 1024
 _TRAILERS_S: Final = 0.05
 """Within this time after a stream's first sign of life a message or the end comes, or those were headers only."""
 
+_SILENCE: Final = ("ping timeout", "keepalive watchdog", "Connection timed out")
+"""In the details of a stream whose peer answered no ping, or whose data was never acknowledged."""
+
 _OPTIONS: Final = (
     ("grpc.max_send_message_length", _MESSAGE_BYTES),
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
     # With data every 10 s (the heartbeat) a server with gRPC's defaults puts up with pings at this rate.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # Without this a ping has 60 s for its answer, whatever the line above says.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # grpc grows a stream's window by itself, and then some 30 MiB may lie unread in it. This fixed one fills 80 MB/s
     # over 50 ms, and costs nothing on a short way.
@@ -221,7 +226,9 @@ class GrpcioStream:
 
 
 def _status(code: grpc.StatusCode, details: str | None) -> StreamStatus:
-    return StreamStatus(StatusCode(code.value[0]), details or "")
+    text = details or ""
+    silent = code is grpc.StatusCode.UNAVAILABLE and any(words in text for words in _SILENCE)
+    return StreamStatus(StatusCode(code.value[0]), text, silent)
 
 
 async def _discard(channel: aio.Channel, call: aio.StreamStreamCall[bytes, bytes]) -> None:

@@ -142,7 +142,8 @@ async def test_a_stream_that_is_cut_keeps_what_it_had(two: Chain) -> None:
     assert_crashed(await stream.result(), "ticks")
     deltas = [delta["index"] for delta in stream.deltas]
     assert deltas == list(range(len(deltas)))
-    assert "output.completed" not in [event.type for event in stream.events]
+    assert [event.type for event in stream.events] == ["output.delta"] * len(deltas) + ["output.error"]
+    assert stream.events[-1].payload == {"error_type": "retryable", "message": "worker process crashed"}
 
 
 async def test_the_last_lines_survive_many_threads() -> None:

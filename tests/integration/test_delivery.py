@@ -32,7 +32,10 @@ from gen_worker.testing.mock_orchestrator import (
     stay_silent,
 )
 from supervisor.backoff import BRIEF_STREAMS
+from supervisor.outbox import UNREAD_S
+from supervisor.oversize import STRIKES
 from supervisor.transport.grpcio import CONNECT_TIMEOUT_S
+from tests.support.stream_server import settled
 from tests.support.worker_process import PROGRAM, Chain, WorkerProcess, chain, eventually
 
 TENANT: dict[str, Any] = {"tenant": "delivery", "modules": "delivery_functions"}
@@ -101,6 +104,34 @@ async def test_results_that_a_stream_swallowed_come_again(tmp_path: Path) -> Non
         first.drop()
         await results(handles)
         assert {result.connection for handle in handles for result in handle.results} == {c.connection}
+
+
+async def test_deltas_of_a_stream_that_was_not_read_come_again() -> None:
+    """Its windows were full when it broke: what lay in them is sent again, in order and before what follows."""
+    async with chain(**TENANT) as c:
+        handles = [await c.run(function, {"count": 8000, "size": 4096}) for function in ("stream", "astream")]
+        await c.orchestrator.wait_until(lambda: all(handle.event_count > 20 for handle in handles))
+        first = c.connection
+        first.pause_reading()
+        await settled(c.worker.executors()[0].cpu_times, quiet_s=2 * UNREAD_S)  # each waits for its window
+        first.drop()
+        await results(handles, 60)
+        for handle in handles:
+            seen = indexes(handle)
+            assert list(dict.fromkeys(seen)) == list(range(8000)), "none is lost, none overtakes another"
+            assert sum(b <= a for a, b in itertools.pairwise(seen)) <= 1, "the second stream begins where it may"
+        assert c.worker.lines("the scheduler had stopped reading")
+
+
+async def test_a_result_that_the_scheduler_takes_on_no_stream_ends_as_a_failure() -> None:
+    async with chain(**TENANT, message_limit=4 * 1024 * 1024) as c:
+        others = [await c.run("wait", {"seconds": 1 + number / 10}) for number in range(5)]
+        result = await c.result("big", {"count": 0, "size": 6_000_000})
+        assert (result.error_type, result.safe_message) == ("validation", "output too large")
+        assert "6000" in result.error_message
+        assert "larger than max" in result.error_message
+        assert c.orchestrator.stream_count <= 1 + STRIKES
+        await results(others)
 
 
 def another(orchestrator: MockOrchestrator, than: WorkerConnection) -> WorkerConnection | None:

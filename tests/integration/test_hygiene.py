@@ -20,6 +20,7 @@ from supervisor import pool as pool_module
 from supervisor.child import Child, ExitCause
 from supervisor.devices import Device
 from supervisor.executor_handle import ExecutorHandle
+from supervisor.held_output import HeldOutput
 from supervisor.oom import OomCounter, OomWatch
 from supervisor.pool import Pool
 from tests.support.other_user import unshares
@@ -29,6 +30,7 @@ from tests.support.worker_process import (
     WAIT_S,
     Chain,
     WorkerProcess,
+    catches,
     eventually,
     is_alive,
 )
@@ -185,12 +187,6 @@ async def test_as_pid_1_it_can_be_stopped_before_it_serves() -> None:
         assert await worker.exit_code(5.0) == 0
 
 
-def catches(pid: int, number: signal.Signals) -> bool:
-    status = Path(f"/proc/{pid}/status").read_text().splitlines()
-    caught = next(int(line.split()[1], 16) for line in status if line.startswith("SigCgt:"))
-    return bool(caught >> (number - 1) & 1)
-
-
 # -- many crashes ---------------------------------------------------------------------------------
 
 
@@ -240,7 +236,7 @@ class Listener:
     def executor_writable(self, handle: ExecutorHandle) -> None: ...
     def executor_draining(self, handle: ExecutorHandle) -> None: ...
     def run_event(self, handle: ExecutorHandle, event: Event) -> None: ...
-    def run_result(self, handle: ExecutorHandle, result: Result, output: bytes) -> None: ...
+    def run_result(self, handle: ExecutorHandle, result: Result, output: bytes | HeldOutput) -> None: ...
     def model_loaded(self, handle: ExecutorHandle, loaded: ModelLoaded) -> None: ...
     def model_unloaded(self, handle: ExecutorHandle, unloaded: ModelUnloaded) -> None: ...
 

@@ -319,9 +319,13 @@ async def test_an_unknown_function_is_invalid(worker: Chain) -> None:
 async def test_a_payload_that_does_not_fit_is_invalid_and_says_where(
     worker: Chain, function: str, payload: Any, words: str
 ) -> None:
-    result = await worker.result(function, payload)
+    handle = await worker.run(function, payload)
+    result = await handle.result()
     assert (result.error_type, result.retryable) == ("validation", False)
     assert words in result.safe_message
+    if function in {"count", "acount"}:
+        (event,) = handle.events
+        assert (event.type, event.payload["error_type"]) == ("output.error", "validation")
 
 
 async def test_an_empty_run_id_is_invalid(worker: Chain) -> None:

@@ -27,6 +27,7 @@ from tests.support.worker_process import (
     Chain,
     WorkerProcess,
     all_of,
+    catches,
     chain,
     eventually,
     is_alive,
@@ -514,6 +515,27 @@ async def test_a_stream_that_breaks_while_the_worker_leaves_takes_no_result_with
         assert await worker.worker.exit_code() == ExitCode.OK
         await worker.orchestrator.wait_until(lambda: not worker.orchestrator.connections)
         assert handle.done
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_before_the_worker_serves_stops_it_too(number: signal.Signals) -> None:
+    """Most of a start is imports."""
+    async with WorkerProcess(NOWHERE) as worker:
+        await eventually(lambda: catches(worker.pid, signal.SIGTERM), what="it has a handler")
+        processes = worker.descendants()
+        worker.signal(number)
+        assert await worker.exit_code(10) == ExitCode.OK
+        assert worker.lines(f"{number.name} before it served") or worker.lines(f"stopping: {number.name}")
+        await eventually(lambda: not any(is_alive(process.pid) for process in processes), 1)
+
+
+async def test_a_second_signal_does_not_wait_for_executors_that_do_not_leave() -> None:
+    async with chain(executors=2, env={"WORKER_LOG_LEVEL": "info"}) as worker, leaves_nothing_behind(worker):
+        for executor in worker.worker.executors():
+            executor.suspend()
+        await stopped(worker)
+        worker.worker.signal(signal.SIGTERM)
+        assert await worker.worker.exit_code() == ExitCode.FORCED_STOP
 
 
 async def test_a_stop_while_executors_start_leaves_nothing_behind() -> None:

@@ -251,6 +251,13 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler of its own for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = next(int(line.split()[1], 16) for line in status if line.startswith("SigCgt:"))
+    return bool(caught >> (number - 1) & 1)
+
+
 def _is_executor(process: psutil.Process) -> bool:
     try:
         return "executor" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE

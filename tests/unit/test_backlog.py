@@ -122,8 +122,7 @@ async def test_a_standstill_ends_in_refusals_not_in_silence(
 
 async def test_progress_is_no_standstill(backlog: Backlog, time: Time, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STALL_S", 0.5)
-    backlog.run_waits(2 * HALF)
-    backlog.run_waits(0)
+    backlog.run_waits(3 * HALF)
     room = asyncio.ensure_future(backlog.room())
     for _ in range(20):
         time.now += 0.05
@@ -133,6 +132,39 @@ async def test_progress_is_no_standstill(backlog: Backlog, time: Time, monkeypat
     assert not room.done()
     assert not backlog.refuses
     room.cancel()
+
+
+async def test_a_little_more_is_read_in_case_it_is_a_cancel(
+    backlog: Backlog, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GLANCE_S", 0.01)
+    backlog.run_waits(2 * HALF)
+    for _ in range(2):
+        await asyncio.wait_for(backlog.room(), 5)
+        assert backlog.full
+        assert not backlog.refuses
+        time.now += module.STALL_S / 4
+        backlog.run_waits(module.GLANCE_BYTES // 2)
+    room = asyncio.ensure_future(backlog.room())
+    assert await is_waiting(room)
+    time.now += module.STALL_S / 4
+    await asyncio.sleep(0.05)
+    assert not room.done(), "what is read so is bounded"
+    backlog.run_left(2 * HALF)
+    await asyncio.wait_for(room, 5)
+
+
+async def test_a_look_ahead_does_not_put_off_the_standstill(
+    backlog: Backlog, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GLANCE_S", 0.01)
+    backlog.run_waits(2 * HALF)
+    for _ in range(4):
+        await asyncio.wait_for(backlog.room(), 5)
+        assert not backlog.refuses
+        time.now += module.STALL_S / 4
+    await asyncio.wait_for(backlog.room(), 5)
+    assert backlog.refuses
 
 
 # -- in the dispatcher --------------------------------------------------------------------------

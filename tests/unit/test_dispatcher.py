@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gen_worker.pipe.arena import BLOB_THRESHOLD_BYTES, ArenaWriter
+from gen_worker.pipe.arena import BLOB_THRESHOLD_BYTES, ArenaReader, ArenaWriter, create_arena
 from gen_worker.pipe.frames import FRAME_CAP_BYTES
 from gen_worker.pipe.messages import (
     EVENT_OVERHEAD_BYTES,
@@ -22,6 +23,7 @@ from gen_worker.pipe.messages import (
     Failure,
     Fatal,
     Free,
+    FunctionMode,
     LoadModel,
     ModelLoaded,
     ModelUnloaded,
@@ -200,14 +202,41 @@ async def test_large_payloads_go_by_shared_memory(make: MakeRig) -> None:
     rig.submit("r1", payload=payload)
     (sent,) = executor.sent(RunMessage)
     assert isinstance(sent.payload, Blob)
-    from gen_worker.pipe.arena import ArenaReader
-
     assert ArenaReader(executor.child.arena_down._fd).read(sent.payload) == payload
     executor.say(Free(sent.payload.offset))
     output = ArenaWriter(executor.child.arena_up._fd).put(b"o" * BLOB_THRESHOLD_BYTES)
     executor.say(Result(sent.key, output))
-    assert executor.sent(Free) == [Free(output.offset)]
+    assert executor.sent(Free) == [], "it stays where it is until it is sent"
     assert rig.results()["r1"].output_payload == b"o" * BLOB_THRESHOLD_BYTES
+    assert executor.sent(Free) == [Free(output.offset)]
+
+
+async def test_a_large_output_that_waits_outlives_its_executor(make: MakeRig) -> None:
+    rig = make([function()])
+    (executor,) = rig.executors
+    rig.submit("r1")
+    writer = ArenaWriter(os.dup(executor.child.arena_up._fd))
+    executor.say(Result(executor.key_of("r1"), writer.put(b"o" * BLOB_THRESHOLD_BYTES)))
+    writer.close()
+    executor.child.arena_up.close()
+    executor.die()
+    assert rig.results()["r1"].output_payload == b"o" * BLOB_THRESHOLD_BYTES
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(executor.child.arena_up._fd)
+    executor.child.arena_up = ArenaReader(create_arena("up"))  # for the rig to close
+
+
+@pytest.mark.parametrize("canceled", [True, False])
+async def test_a_large_output_that_nobody_wants_is_given_back(make: MakeRig, canceled: bool) -> None:
+    rig = make([function()])
+    (executor,) = rig.executors
+    rig.submit("r1")
+    key = executor.key_of("r1") if canceled else 4711
+    if canceled:
+        rig.dispatcher.cancel("r1")
+    output = ArenaWriter(executor.child.arena_up._fd).put(b"o" * BLOB_THRESHOLD_BYTES)
+    executor.say(Result(key, output))
+    assert executor.sent(Free) == [Free(output.offset)]
 
 
 async def test_no_shared_memory_for_a_payload(make: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -779,6 +808,40 @@ async def test_an_executor_that_dies_answers_each_run_once(make: MakeRig) -> Non
     assert rig.results() == {}
     assert second.handle.load == 3
     assert rig.changes >= 3
+
+
+@pytest.mark.parametrize("end", ["dies", "canceled", "had not started", "says it itself", "is no stream"])
+async def test_a_stream_that_its_executor_can_not_end_is_ended_for_it(make: MakeRig, end: str) -> None:
+    mode: FunctionMode = "sync" if end == "is no stream" else "generator"
+    rig = make([function(mode=mode, limit=1)], limits=Limits(0, 1, 0.0, 0))
+    (executor,) = rig.executors
+    rig.submit("r0")
+    rig.submit("r1")
+    key = executor.key_of("r0")
+    executor.say(Event(key, "output.delta", b"{}"))
+    if end == "had not started":
+        rig.dispatcher.cancel("r1")
+    elif end == "canceled":
+        rig.dispatcher.cancel("r0")
+        await until(lambda: rig.dispatcher.active < 2)
+    elif end == "says it itself":
+        executor.say(Event(key, "output.error", b'{"its":"own"}'))
+        executor.say(Result(key, failure=Failure("validation", "no")))
+    else:
+        executor.die()
+    said = rig.messages()
+    (run_id,) = {message.run_result.run_id for message in said if message.HasField("run_result")}
+    own = [m for m in said if run_id in {m.run_result.run_id, m.worker_event.run_id}]
+    assert own[-1].HasField("run_result")
+    errors = [m.worker_event.payload_json for m in own if m.worker_event.event_type == "output.error"]
+    expected = {
+        "dies": [b'{"error_type":"retryable","message":"worker process crashed"}'],
+        "canceled": [b'{"error_type":"canceled","message":"canceled"}'],
+        "had not started": [b'{"error_type":"canceled","message":"canceled"}'],
+        "says it itself": [b'{"its":"own"}'],
+        "is no stream": [],
+    }
+    assert errors == expected[end]
 
 
 async def test_messages_of_the_dead_and_of_ended_runs_reach_no_one(make: MakeRig) -> None:

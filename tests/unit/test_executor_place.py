@@ -157,3 +157,21 @@ def test_the_trial_runs_as_the_user(tmp_path: Path) -> None:
         ConfigError, match=f"WORKER_EXECUTOR_UID is {UID}, which must be able to run Python and to read"
     ):
         executor_place._try_user(user, closed)
+
+
+def test_a_directory_that_another_user_made_is_named_with_what_to_do(
+    settings_for: SettingsFor, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As /tmp/cozy is when a worker ran as root on this host before. To root nothing is closed, hence the patch."""
+    run_dir.mkdir(parents=True)
+    run_dir.chmod(0o500)
+
+    def mkdir(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    said = refusal(settings_for())
+    assert said.startswith(
+        f"WORKER_RUN_DIR is {run_dir}, where uid {os.geteuid()} may not write ({run_dir} belongs to "
+    )
+    assert "set WORKER_RUN_DIR to a directory of its own" in said

@@ -404,8 +404,7 @@ def die(ctx: ActionContext, payload: How) -> Answer:
     say_started(ctx)
     print(f"last words before {payload.how}", file=sys.stderr, flush=True)
     _die(payload.how)
-    if payload.how != "close_pipe":  # which is noticed when the function returns, at the latest
-        time.sleep(30)
+    time.sleep(30)
     return Answer()
 
 

@@ -1,0 +1,131 @@
+"""What went out on a stream and is not known to have arrived, packed.
+
+Owns: these messages, in order, and when enough has followed one to let go of it. A tiny message kept as an object of
+its own takes several times its size, and there may be hundreds of thousands of them: they are joined into packs, and a
+pack stays until the last message in it may go.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, NamedTuple
+
+PACK_BYTES: Final = 64 * 1024
+"""A pack that has reached it is closed; a message of this size is a pack of its own, and not copied."""
+PACK_S: Final = 1.0
+"""So long after its first message a pack is closed, so that those of a slow stream are let go of in time."""
+FRAMING_BYTES: Final = 5
+"""gRPC's prefix of each message; it counts in the windows of HTTP/2 as the message does."""
+
+
+class Sent(NamedTuple):
+    """A message that went out. `ticket` is the keeper's (an event has none: 0), `key` its run's."""
+
+    key: int
+    ticket: int
+    data: bytes
+
+
+class Pack:
+    """Messages that went out one after the other."""
+
+    __slots__ = ("_data", "keys", "opened_at", "position", "sent_at", "sizes", "tickets")
+
+    def __init__(self, now: float) -> None:
+        self._data: bytes | bytearray = b""
+        self.sizes = array("I")
+        self.keys = array("Q")
+        self.tickets = array("Q")
+        self.opened_at = now
+        self.sent_at = now
+        """When its last message went out."""
+        self.position = 0
+        """Where in the stream its last message ended, in bytes."""
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the messages in it."""
+        return len(self._data)
+
+    def add(self, message: Sent, position: int, now: float) -> None:
+        if not self.sizes and len(message.data) >= PACK_BYTES:
+            self._data = message.data
+        else:
+            if not isinstance(self._data, bytearray):
+                self._data = bytearray(self._data)
+            self._data += message.data
+        self.sizes.append(len(message.data))
+        self.keys.append(message.key)
+        self.tickets.append(message.ticket)
+        self.position = position
+        self.sent_at = now
+
+    def __iter__(self) -> Iterator[Sent]:
+        if isinstance(self._data, bytes):  # one that was not copied
+            yield Sent(self.keys[0], self.tickets[0], self._data)
+            return
+        view, offset = memoryview(self._data), 0
+        for key, ticket, size in zip(self.keys, self.tickets, self.sizes, strict=True):
+            yield Sent(key, ticket, bytes(view[offset : offset + size]))
+            offset += size
+
+    def without(self, unwanted: Callable[[int], bool]) -> Pack:
+        """The same without the messages of the runs that are not wanted."""
+        left = Pack(self.opened_at)
+        for message in self:
+            if not unwanted(message.key):
+                left.add(message, self.position, self.sent_at)
+        return left
+
+
+class Retention:
+    """See the module. `limit_bytes` that follow on the stream prove a message delivered."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._packs: deque[Pack] = deque()
+        self.size = 0
+        """Bytes of the messages that are retained."""
+
+    def add(self, message: Sent, position: int, now: float) -> None:
+        """A message went out, and ended at `position` of the stream."""
+        size = len(message.data)
+        last = self._packs[-1] if self._packs else None
+        if last is None or last.size + size > PACK_BYTES or now - last.opened_at >= PACK_S:
+            last = Pack(now)
+            self._packs.append(last)
+        last.add(message, position, now)
+        self.size += size
+
+    def arrived(self, position: int, before: float | None) -> Iterator[Pack]:
+        """Take out what is known to have arrived, on a stream that has taken `position` bytes.
+
+        That is what enough bytes have followed, and, unless it is None, what went out at `before` or earlier.
+        """
+        packs = self._packs
+        while packs and (
+            position - packs[0].position >= self._limit_bytes or (before is not None and packs[0].sent_at <= before)
+        ):
+            pack = packs.popleft()
+            self.size -= pack.size
+            yield pack
+
+    def take_all(self) -> list[Pack]:
+        """Take out everything: its stream is gone."""
+        packs, self._packs = list(self._packs), deque()
+        self.size = 0
+        return packs
+
+    def __len__(self) -> int:
+        return sum(map(len, self._packs))
+
+
+def messages(packs: Iterable[Pack]) -> Iterator[Sent]:
+    """All that is in them, in order."""
+    for pack in packs:
+        yield from pack
