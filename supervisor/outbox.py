@@ -13,6 +13,8 @@ batches and says what went out; when a stream ends, what may have been lost with
    have followed it, more than a connection can hold, or the stream outlived it by DELIVERED_S, longer than keepalive
    takes to find a dead peer.
 5. A Keeper, when there is one, has every result from when it is put until it is known to have arrived.
+6. What a realtime session sends is transient: it belongs to the stream that the session was opened on, and is dropped
+   with it. Only its close goes out on the next one.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class _Answer(NamedTuple):
 class _RunQueue:
     """The events of one run that wait, and its result behind them."""
 
-    __slots__ = ("credit", "items", "key", "queued", "result")
+    __slots__ = ("credit", "items", "key", "queued", "result", "transient")
 
     def __init__(self, key: int) -> None:
         self.key = key
@@ -81,6 +83,8 @@ class _RunQueue:
         self.credit = 0
         self.queued = False
         """Whether it has its place in the turns."""
+        self.transient = False
+        """Whether what waits in it goes with the stream."""
 
 
 class _Taken(NamedTuple):
@@ -129,18 +133,25 @@ class Outbox:
 
     # -- producers ----------------------------------------------------------------------------
 
-    def put_event(self, key: int, message: bytes, weight: int) -> None:
-        """Queue an event of run `key`; `weight` is what it took of the run's window."""
+    def put_event(self, key: int, message: bytes, weight: int, *, transient: bool = False) -> None:
+        """Queue an event of run `key`, or a frame of a session; `weight` is what it took of the window."""
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = _RunQueue(key)
+        queue.transient = transient
         queue.items.append((message, weight))
         self._queue_turn(queue)
         self._wake.set()
 
     def put_result(self, key: int, message: bytes) -> None:
         """Queue the result of run `key`: the last that is ever put for this key."""
-        result = _Answer(message, self._keeper.keep(message))
+        self._put_last(key, _Answer(message, self._keeper.keep(message)))
+
+    def put_close(self, key: int, message: bytes) -> None:
+        """Queue the close of session `key`, the last that is ever put for it. It is not sent twice."""
+        self._put_last(key, _Answer(message, None))
+
+    def _put_last(self, key: int, result: _Answer) -> None:
         self._waits(result)
         queue = self._queues.pop(key, None)
         if queue is not None and queue.items:
@@ -222,6 +233,7 @@ class Outbox:
         """Results that the stream may have swallowed are sent again, before anything newer."""
         if self._taken:
             self.accepted(0)
+        self._drop_transient()
         self.forget_delivered()
         while self._retained:
             result = self._retained.pop().result
@@ -263,6 +275,16 @@ class Outbox:
         if queue.items and not queue.queued:
             queue.queued = True
             self._turns.append(queue)
+
+    def _drop_transient(self) -> None:
+        """Frames of sessions that end with their stream; a close that waits behind some stays."""
+        for queue in [queue for queue in self._turns if queue.transient]:
+            queue.items.clear()
+            queue.queued = False
+            self._turns.remove(queue)
+            if queue.result is not None:
+                self._urgent.append(queue.result)
+                queue.result = None
 
     def _put_back(self, item: _Taken) -> None:
         if item.answer is None:
