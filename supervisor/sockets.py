@@ -53,6 +53,9 @@ QUEUES_BYTES: Final = 64 * 1024 * 1024
 REMEMBERED: Final = 1024
 """Sessions that are over, or never were: what still comes for them is no news."""
 
+REASON_CHARS: Final = 200
+"""Of what an executor says: it holds a name that the tenant chose."""
+
 COMPLETED: Final = "completed"
 CLOSED: Final = "closed"
 UNKNOWN_FUNCTION: Final = "unknown_function"
@@ -316,7 +319,7 @@ class Sockets:
 
     def handler_closed(self, session: SocketSession, reason: str) -> None:
         """Its handler sends nothing more."""
-        if not session.begin_close(reason):
+        if not session.begin_close(reason[:REASON_CHARS] or COMPLETED):
             return
         self._drop_waiting(session)
         self._tell(session)
