@@ -94,6 +94,8 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> Any:
     yield make_rig
     for rig in rigs:
         rig.close()
+        assert rig.dispatcher.backlog._runs_bytes == 0
+        assert rig.dispatcher.sockets._held_bytes == 0
 
 
 # -- a session's life -----------------------------------------------------------------------------
@@ -155,6 +157,26 @@ async def test_a_handler_that_closes_may_end_in_its_own_time(make: MakeRig) -> N
     executor.say(Result(key_of(executor)))
     assert rig.heard() == []
     assert rig.dispatcher.active == 0
+
+
+@pytest.mark.parametrize("reason", ["slow_consumer", "frame_too_large"])
+async def test_a_handler_that_broke_a_bound_is_canceled_after_the_grace(make: MakeRig, reason: str) -> None:
+    rig = make(limits=Limits(0, 1, 0.02, 0))
+    rig.open()
+    (executor,) = rig.executors
+    executor.say(SocketClose(key_of(executor), reason))
+    assert rig.heard() == [("s", reason)]
+    await until(lambda: bool(executor.sent(Cancel)))
+    end(executor)
+    assert rig.heard() == []
+
+
+async def test_a_reason_is_cut(make: MakeRig) -> None:
+    rig = make()
+    rig.open()
+    end(rig.executors[0], reason="error:" + "X" * 10_000)
+    ((_, reason),) = rig.heard()
+    assert reason == "error:" + "X" * 194
 
 
 async def test_a_close_of_the_scheduler_comes_after_its_frames(make: MakeRig) -> None:
@@ -609,6 +631,7 @@ class Sessions(RuleBasedStateMachine):
         self.look()
         assert set(self.closes) == set(self.opened)
         assert len(self.rig.dispatcher.sockets) == self.rig.dispatcher.sockets._held_bytes == 0
+        assert self.rig.dispatcher.backlog._runs_bytes == 0
         for each in self.rig.executors:
             each.child.close()
 
