@@ -1,11 +1,11 @@
-"""The events of one run, on their way to the pipe.
+"""The events of one run, or the frames and events of one session, on their way to the pipe.
 
 Owns: the run's credit window, and that no event follows the run's end. What is under way counts until the supervisor
 says by a Credit that it went to the scheduler; a producer that would exceed the window waits, so a slow scheduler
 slows the function instead of filling memory. How it waits:
 
 - a thread (sync functions, threads of the tenant's own) blocks in `put`;
-- an async generator awaits in `put_async`, and the event loop goes on;
+- an async generator awaits in `put_async`, a session's handler in `room`, and the event loop goes on;
 - `ctx.emit()` in a coroutine can't await. It may go over by LOOP_WINDOWS - 1 windows, which holds what coroutines
   emit in practice; beyond that it blocks the event loop until there is room, since memory must stay bounded.
 
@@ -28,16 +28,24 @@ EVENT_CAP_BYTES: Final = FRAME_CAP_BYTES - 64 * 1024
 """An event is one frame; what is left is for its type and the message around it."""
 
 
-class EventStream:
-    """See the module. Every method may be called from any thread, `put_async` from the event loop's."""
+class StalledError(Exception):
+    """Nothing that is under way has left for too long."""
 
-    __slots__ = ("_canceled", "_closed", "_key", "_lock", "_room", "_send", "_under_way", "_waiters", "_window")
+
+class EventStream:
+    """See the module. Every method may be called from any thread, `put_async` and `room` from the event loop's."""
+
+    __slots__ = (
+        "_canceled", "_closed", "_credits", "_key", "_lock", "_room", "_send", "_under_way", "_waiters", "_window",
+    )  # fmt: skip
 
     def __init__(self, key: int, window: int, send: Callable[[Upward], None]) -> None:
         self._key = key
         self._window = window
         self._send = send
         self._under_way = 0
+        self._credits = 0
+        """How many came: tells whether anything leaves."""
         self._canceled = False
         self._closed = False
         self._lock = threading.Lock()
@@ -70,17 +78,46 @@ class EventStream:
                     return
                 if self._canceled:
                     raise asyncio.CancelledError
-                loop = asyncio.get_running_loop()
-                room = loop.create_future()
-                self._waiters.append((loop, room))
+                room = self._wait()
             await room
+
+    async def room(self, weight: int, stall_s: float) -> None:
+        """Take room for what the caller sends right after, and credits when it can't; waits until there is some.
+
+        Raises StalledError when it waited for stall_s seconds and no credit came, RunCanceled when the run was
+        canceled.
+        """
+        while True:
+            with self._lock:
+                if self._canceled:
+                    raise RunCanceled
+                if self._take_room(weight, 1):
+                    return
+                room, credits_before = self._wait(), self._credits
+            try:
+                async with asyncio.timeout(stall_s):
+                    await room
+            except TimeoutError:
+                if self._credits == credits_before:
+                    raise StalledError from None
+
+    def _wait(self) -> asyncio.Future[None]:
+        loop = asyncio.get_running_loop()
+        room: asyncio.Future[None] = loop.create_future()
+        self._waiters.append((loop, room))
+        return room
+
+    def _take_room(self, weight: int, windows: int) -> bool:
+        if self._under_way and self._under_way + weight > self._window * windows:
+            return False
+        self._under_way += weight
+        return True
 
     def _put_if_room(self, event_type: str, payload: bytes, weight: int, windows: int) -> bool:
         if self._closed:
             raise WorkerError(f"event {event_type!r} came after the end of its run")
-        if self._under_way and self._under_way + weight > self._window * windows:
+        if not self._take_room(weight, windows):
             return False
-        self._under_way += weight
         # Under the lock, so that the events of several threads go out in the order in which they found room, and
         # none after `close`. Sending does not wait.
         self._send(Event(self._key, event_type, payload))
@@ -92,6 +129,7 @@ class EventStream:
         """`size` bytes are no longer under way."""
         with self._lock:
             self._under_way = max(0, self._under_way - size)
+            self._credits += 1
             self._wake()
 
     def cancel(self) -> None:

@@ -11,17 +11,20 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from executor.blobs import Blobs
 from executor.cuda_faults import is_poisoned
 from executor.run import ActiveRun
+from executor.sockets import ActiveSession
 from gen_worker.context import ActionContext
 from gen_worker.errors import FatalError, RunCanceled, ValidationError, WorkerError
 from gen_worker.payloads import decode_payload, encode_delta, encode_output
 from gen_worker.pipe.messages import Failure, Payload
+from gen_worker.realtime import RealtimeSocket
+from gen_worker.signature import FunctionSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,41 @@ class Runner:
             if inspect.isasyncgen(deltas):
                 await deltas.aclose()
 
-    # -- around both --------------------------------------------------------------------------
+    # -- handlers of realtime sessions, on the event loop -------------------------------------
+
+    async def run_session(self, session: ActiveSession) -> None:
+        """Call the handler and say how it ended; raises nothing."""
+        try:
+            await self._run_handler(session)
+        except BaseException as defect:  # noqa: BLE001  # as above
+            self._end.internal(defect)
+
+    async def _run_handler(self, session: ActiveSession) -> None:
+        message, spec = session.message, session.spec
+        context = ActionContext(
+            run_id=message.session_id,
+            host=session,
+            tenant_id=message.tenant_id,
+            user_id=message.user_id,
+            timeout_ms=message.timeout_ms,
+            deadline=message.deadline,
+            device=self._device,
+        )
+        try:
+            session.begin(context)
+            arguments = self._inject(spec, message.models, f"session {message.session_id}")
+            await spec.func(context, **{spec.socket_param: RealtimeSocket(session)}, **arguments)
+        except SystemExit as request:
+            self._end.exit_by_tenant(spec.qualified_name, request)
+        except BaseException as error:  # noqa: BLE001  # as above
+            poisoned = is_poisoned(error)
+            failure = session.finish(error, poisoned=poisoned)
+            if poisoned and failure is not None:
+                self._end.poisoned(spec.qualified_name, failure)
+        else:
+            session.finish()
+
+    # -- around all ---------------------------------------------------------------------------
 
     def _prepare(self, run: ActiveRun) -> tuple[ActionContext, dict[str, Any]]:
         message, spec = run.message, run.spec
@@ -151,9 +188,8 @@ class Runner:
             self._blobs.discard(message.payload)
             raise FatalError(f"{spec.name} is a websocket handler: it is opened as a session, not run as a task")
         payload = self._blobs.decode(message.payload, functools.partial(decode_payload, spec), spec.payload_type)
-        arguments: dict[str, Any] = {spec.payload_param: payload}
-        for injection in spec.injections:
-            arguments[injection.param] = self._inject(run, injection.param, injection.type_name)
+        models = self._inject(spec, message.models, f"run {message.run_id}")
+        arguments: dict[str, Any] = {spec.payload_param: payload, **models}
         context = ActionContext(
             run_id=message.run_id,
             host=run,
@@ -166,16 +202,21 @@ class Runner:
         run.attach(context)
         return context, arguments
 
-    def _inject(self, run: ActiveRun, param: str, type_name: str) -> object:
-        model_id = run.message.models.get(param)
-        if model_id is None:
-            raise RuntimeError(f"run {run.message.run_id} names no model for parameter {param!r} of {run.spec.name}")
-        try:
-            return self._models.inject(model_id, type_name)
-        except KeyError:
-            raise RuntimeError(
-                f"model {model_id!r} for parameter {param!r} of {run.spec.name} is not loaded as {type_name}"
-            ) from None
+    def _inject(self, spec: FunctionSpec, models: Mapping[str, str], who: str) -> dict[str, object]:
+        """The injected values by parameter, of the models that the message of `who` names."""
+        injected: dict[str, object] = {}
+        for injection in spec.injections:
+            param, type_name = injection.param, injection.type_name
+            model_id = models.get(param)
+            if model_id is None:
+                raise RuntimeError(f"{who} names no model for parameter {param!r} of {spec.name}")
+            try:
+                injected[param] = self._models.inject(model_id, type_name)
+            except KeyError:
+                raise RuntimeError(
+                    f"model {model_id!r} for parameter {param!r} of {spec.name} is not loaded as {type_name}"
+                ) from None
+        return injected
 
     def _encode_delta(self, run: ActiveRun, delta: object, count: int) -> bytes:
         limit = self._limits.delta_events

@@ -8,7 +8,7 @@ tenant code and never waits for anything but the pipe.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from executor.models import ModelStore
 from executor.pool import ThreadPool
 from executor.run import ActiveRun
 from executor.runner import Runner
+from executor.sockets import ActiveSession, Sockets
 from executor.striker import Striker
 from gen_worker.errors import FatalError, RunCanceled
 from gen_worker.failures import failure_of
@@ -31,6 +32,10 @@ from gen_worker.pipe.messages import (
     Result,
     Run,
     Shutdown,
+    SocketClose,
+    SocketCredit,
+    SocketFrame,
+    SocketOpen,
     UnloadModel,
     Upward,
     decode_downward,
@@ -68,6 +73,15 @@ class Service:
         self._loop_thread = loop_thread
         self._strike_after_s = cancel_grace_s * STRIKE_AFTER
         self._striker = Striker()
+        self._sockets = Sockets(
+            specs,
+            send=send,
+            blobs=blobs,
+            start=self._start_session,
+            strike_after_s=self._strike_after_s,
+            loop=loop,
+            loop_thread=loop_thread,
+        )
         self._runs: dict[int, ActiveRun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._for_threads: list[ActiveRun] = []
@@ -76,6 +90,10 @@ class Service:
             Run: self._run,
             Cancel: self._cancel,
             Credit: self._credit,
+            SocketOpen: self._sockets.open,
+            SocketFrame: self._sockets.frame,
+            SocketClose: self._sockets.close,
+            SocketCredit: self._sockets.credit,
             LoadModel: models.load,
             UnloadModel: models.unload,
             Free: lambda message: blobs.freed(message.offset),
@@ -96,6 +114,7 @@ class Service:
         if self._for_loop:
             self._loop.call_soon_threadsafe(self._start_tasks, self._for_loop)
             self._for_loop = []
+        self._sockets.flush()
 
     # -- runs ---------------------------------------------------------------------------------
 
@@ -112,13 +131,21 @@ class Service:
 
     def _start_tasks(self, runs: Sequence[ActiveRun]) -> None:
         for run in runs:
-            run.task = task = self._loop.create_task(self._runner.run_on_loop(run))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            run.task = self._start_task(self._runner.run_on_loop(run))
+
+    def _start_session(self, session: ActiveSession) -> asyncio.Task[None]:
+        return self._start_task(self._runner.run_session(session))
+
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _cancel(self, message: Cancel) -> None:
         run = self._runs.get(message.key)
         if run is None:
+            self._sockets.cancel(message)
             return
         run.cancel(message.cause)
         if run.claim():

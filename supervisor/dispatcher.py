@@ -10,6 +10,7 @@ Owns: every active run from its request to its one result.
 4. A deadline or a cancel asks the executor first (CANCELING); when it has not ended within the grace time, the
    executor is killed. An executor is never killed for being busy.
 5. When an executor dies, each of its runs is answered, once.
+   Realtime sessions wait in the same lanes and count for the same limits; what is theirs alone is in sockets.py.
 6. What waits is counted in `backlog`, which bounds it.
 """
 
@@ -35,6 +36,9 @@ from gen_worker.pipe.messages import (
     ModelLoaded,
     ModelUnloaded,
     Result,
+    SocketClose,
+    SocketCredit,
+    SocketFrame,
 )
 from supervisor import runs
 from supervisor.backlog import Backlog
@@ -47,6 +51,7 @@ from supervisor.outbox import Keeper, Outbox
 from supervisor.quarantine import STRIKES, Quarantine, fingerprint
 from supervisor.residency import ModelKey, ModelRefused, Models, Residency
 from supervisor.runs import Run, RunState
+from supervisor.sockets import SocketLimits, Sockets, SocketSession
 from supervisor.wire_codec import encode_event, encode_result
 
 if TYPE_CHECKING:
@@ -70,6 +75,7 @@ class Limits:
     model_concurrency: int
     cancel_grace_s: float
     max_input_bytes: int
+    max_ws_frame_bytes: int = 0
 
 
 class Dispatcher:
@@ -96,6 +102,8 @@ class Dispatcher:
         self._active: dict[str, Run] = {}
         self._by_key: dict[int, Run] = {}
         self._keys = itertools.count(1)
+        self._less = asyncio.Event()
+        """Set when a run or a session has ended."""
         self._quarantine = Quarantine(self._loop.time)
         self.lanes = Lanes(
             residency=residency,
@@ -111,8 +119,18 @@ class Dispatcher:
             functions=self.functions,
             users=self._users_of,
         )
+        self.sockets = Sockets(
+            limits=SocketLimits(limits.cancel_grace_s, limits.max_ws_frame_bytes),
+            functions=self.functions,
+            keys=self._keys,
+            lanes=self.lanes,
+            residency=residency,
+            outbox=self.outbox,
+            backlog=self.backlog,
+            refusal=self._no_room,
+            ended=self._less.set,
+        )
         self._draining = False
-        self._idle = asyncio.Event()
 
     # -- from the scheduler -------------------------------------------------------------------
 
@@ -160,9 +178,7 @@ class Dispatcher:
     # -- from the executors (HandleEvents) ----------------------------------------------------
 
     def executor_ready(self, handle: ExecutorHandle) -> None:
-        # Realtime handlers are not served by this version, so they are not offered.
-        served = {name: info for name, info in handle.functions.items() if info.mode != "websocket"}
-        self.functions.update(served)
+        self.functions.update(handle.functions)
         log.info("executor %s is ready: %s", handle.name, ", ".join(sorted(handle.functions)))
         self._changed()
         self.lanes.pump()
@@ -179,10 +195,12 @@ class Dispatcher:
         run = self._run_of(handle, event.key)
         if run is None:
             return
-        if event.type in _STREAM_ENDS:
-            run.stream_ended = True
-        message = encode_event(run.run_id, event.type, event.payload)
-        self.outbox.put_event(run.key, message, len(event.payload) + EVENT_OVERHEAD_BYTES)
+        message, weight = encode_event(run.run_id, event.type, event.payload), len(event.payload) + EVENT_OVERHEAD_BYTES
+        if not isinstance(run, SocketSession):
+            run.stream_ended = run.stream_ended or event.type in _STREAM_ENDS
+            self.outbox.put_event(run.key, message, weight)
+        elif not run.told:
+            self.outbox.put_event(run.key, message, weight, transient=True)
 
     def run_result(self, handle: ExecutorHandle, result: Result, output: bytes | HeldOutput) -> None:
         run = self._run_of(handle, result.key)
@@ -192,7 +210,9 @@ class Dispatcher:
             output = b""
         if run is None:
             return
-        if run.state is RunState.CANCELING:
+        if isinstance(run, SocketSession):
+            self.sockets.handler_ended(run, result)
+        elif run.state is RunState.CANCELING:
             # What a canceled function made of its cancel is its own affair; the scheduler gets the cause.
             detail = result.failure.detail if result.failure else "its function ended after it was canceled"
             self._finish(run, run.failure_of_cancel(detail))
@@ -203,6 +223,21 @@ class Dispatcher:
             self._quarantine.clear(run.fingerprint)
             self._finish(run, result.failure, output)
         self.lanes.pump()
+
+    def socket_frame(self, handle: ExecutorHandle, frame: SocketFrame, data: bytes) -> None:
+        session = self._run_of(handle, frame.key)
+        if isinstance(session, SocketSession):
+            self.sockets.handler_sent(session, data, is_text=frame.is_text)
+
+    def socket_close(self, handle: ExecutorHandle, close: SocketClose) -> None:
+        session = self._run_of(handle, close.key)
+        if isinstance(session, SocketSession):
+            self.sockets.handler_closed(session, close.reason)
+
+    def socket_credit(self, handle: ExecutorHandle, credit: SocketCredit) -> None:
+        session = self._run_of(handle, credit.key)
+        if isinstance(session, SocketSession):
+            self.sockets.handler_took(session, credit.size)
 
     def model_loaded(self, handle: ExecutorHandle, loaded: ModelLoaded) -> None:
         key = (loaded.model_id, loaded.type_name)
@@ -234,6 +269,7 @@ class Dispatcher:
         self.lanes.forget(handle)
         lines = "\n".join(handle.last_lines())[-LAST_LINES_CHARS:]
         ended = f"executor {handle.name} (pid {handle.pid}) {cause}"
+        self.sockets.executor_died(handle, ended)
         for run in list(handle.runs.values()):
             if run.state is RunState.CANCELING:
                 self._finish(run, run.failure_of_cancel(ended))
@@ -259,14 +295,22 @@ class Dispatcher:
         for run in list(self._active.values()):
             if run.state in (RunState.QUEUED, RunState.WAITING_MODEL):
                 self._finish(run, runs.busy("the worker is shutting down; the run had not started"))
+        self.sockets.refuse_waiting(runs.busy("the worker is shutting down; the session was not open"))
 
     async def wait_idle(self, timeout_s: float) -> bool:
-        """Whether all active runs have ended within timeout_s."""
-        if not self._active:
-            return True
-        self._idle.clear()
+        """Whether all active runs and sessions have ended within timeout_s."""
+        return await self._wait(lambda: not self.active, timeout_s)
+
+    async def wait_sockets(self, timeout_s: float) -> bool:
+        """Whether all sessions have ended within timeout_s."""
+        return await self._wait(lambda: not self.sockets, timeout_s)
+
+    async def _wait(self, check: Callable[[], bool], timeout_s: float) -> bool:
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                while not check():
+                    self._less.clear()
+                    await self._less.wait()
         except TimeoutError:
             return False
         return True
@@ -276,15 +320,21 @@ class Dispatcher:
         for run in list(self._active.values()):
             canceling = run.state is RunState.CANCELING
             self._finish(run, run.failure_of_cancel(detail) if canceling else runs.busy(detail))
+        self.sockets.abandon(detail)
 
     @property
     def active(self) -> int:
-        """Runs that were accepted and have no result yet."""
-        return len(self._active)
+        """Runs that were accepted and have no result yet, and sessions that have not ended."""
+        return len(self._active) + len(self.sockets)
 
     # -- inside -------------------------------------------------------------------------------
 
     def _start(self, run: Run, handle: ExecutorHandle) -> None:
+        running = sum(each.load for each in self._executors())
+        window = max(WINDOW_MIN_BYTES, min(WINDOW_BYTES, WINDOWS_BYTES // (running + 1)))
+        if isinstance(run, SocketSession):
+            self.sockets.start(run, handle, window)
+            return
         payload = run.payload
         if not run.start(handle, self._loop.time()):
             return
@@ -292,8 +342,6 @@ class Dispatcher:
         deadline = 0.0
         if run.timeout_ms:
             deadline = time.time() + run.timeout_ms / 1000 - (run.started - run.arrived)
-        running = sum(each.load for each in self._executors())
-        window = max(WINDOW_MIN_BYTES, min(WINDOW_BYTES, WINDOWS_BYTES // (running + 1)))
         try:
             handle.send_run(run, payload, deadline, window)
         except OSError as error:
@@ -327,7 +375,10 @@ class Dispatcher:
     def _fail_stranded(self, keys: set[ModelKey], failure: Failure) -> None:
         """Runs that wait for a model that can't be loaded end with the reason, unless another executor serves them."""
         for run in self.lanes.stranded(keys):
-            self._finish(run, failure)
+            if isinstance(run, SocketSession):
+                self.sockets.fail(run, failure)
+            else:
+                self._finish(run, failure)
 
     def _strike(self, run: Run) -> str:
         """Remember what an executor died under. Returns words for the message."""
@@ -368,8 +419,7 @@ class Dispatcher:
         self.lanes.remove(run)
         if run.handle is not None:
             run.handle.release(run)
-        if not self._active:
-            self._idle.set()
+        self._less.set()
 
     # -- small questions ----------------------------------------------------------------------
 
@@ -378,6 +428,9 @@ class Dispatcher:
             return runs.invalid("run_id is empty")
         if self._draining:
             return runs.busy("the worker is shutting down")
+        if info is not None and info.mode == "websocket":
+            detail = f"{info.name} is a websocket handler: it is opened as a realtime session, not run"
+            return runs.invalid("unknown function", detail)
         if info is None:
             known = ", ".join(sorted(self.functions)) or "none"
             return runs.invalid("unknown function", f"unknown function {request.function_name!r}; it serves: {known}")
@@ -387,9 +440,13 @@ class Dispatcher:
             return runs.invalid("input too large", f"input of {size} bytes is over WORKER_MAX_INPUT_BYTES={limit}")
         return self._overload()
 
+    def _no_room(self) -> Failure | None:
+        """Why nothing is taken now, whatever it is."""
+        return runs.busy("the worker is shutting down") if self._draining else self._overload()
+
     def _overload(self) -> Failure | None:
-        if self._limits.max_concurrency and len(self._active) >= self._limits.max_concurrency:
-            return runs.busy(f"{len(self._active)} runs are active, WORKER_MAX_CONCURRENCY allows no more")
+        if self._limits.max_concurrency and self.active >= self._limits.max_concurrency:
+            return runs.busy(f"{self.active} runs are active, WORKER_MAX_CONCURRENCY allows no more")
         if self.backlog.refuses:
             return runs.busy("too much waits already, and none of it gets on")
         return None
@@ -404,7 +461,8 @@ class Dispatcher:
         return info is not None and info.mode in ("generator", "async_generator")
 
     def _users_of(self, model_id: str) -> int:
-        return sum(any(used == model_id for _, used in run.models) for run in self._active.values())
+        of_runs = sum(any(used == model_id for _, used in run.models) for run in self._active.values())
+        return of_runs + self.sockets.users_of(model_id)
 
     def _run_of(self, handle: ExecutorHandle, key: int) -> Run | None:
         """The run that `handle` speaks of, if it still has it."""
@@ -414,6 +472,8 @@ class Dispatcher:
         return run
 
     def _credit(self, key: int, size: int) -> None:
+        if self.sockets.credit(key, size):
+            return
         run = self._by_key.get(key)
         if run is not None and run.handle is not None:
             run.handle.send_credit(key, size)

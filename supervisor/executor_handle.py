@@ -36,6 +36,10 @@ from gen_worker.pipe.messages import (
     Ready,
     Result,
     Shutdown,
+    SocketClose,
+    SocketCredit,
+    SocketFrame,
+    SocketOpen,
     UnloadModel,
     Upward,
     decode_upward,
@@ -81,6 +85,9 @@ class HandleEvents(Protocol):
     def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None: ...
     def run_event(self, handle: ExecutorHandle, event: Event) -> None: ...
     def run_result(self, handle: ExecutorHandle, result: Result, output: bytes | HeldOutput) -> None: ...
+    def socket_frame(self, handle: ExecutorHandle, frame: SocketFrame, data: bytes) -> None: ...
+    def socket_close(self, handle: ExecutorHandle, close: SocketClose) -> None: ...
+    def socket_credit(self, handle: ExecutorHandle, credit: SocketCredit) -> None: ...
     def model_loaded(self, handle: ExecutorHandle, loaded: ModelLoaded) -> None: ...
     def model_unloaded(self, handle: ExecutorHandle, unloaded: ModelUnloaded) -> None: ...
 
@@ -186,6 +193,19 @@ class ExecutorHandle:
             if isinstance(where, Blob):
                 self._child.arena_down.free(where.offset)
             raise
+        self._took(run)
+
+    def open_socket(self, session: Run, deadline: float, window: int, max_frame_bytes: int) -> None:
+        """Give it a realtime session. Raises FrameError when the request is too large."""
+        self._send(
+            SocketOpen(
+                session.key, session.run_id, session.function, dict(session.models), session.timeout_ms, deadline,
+                session.tenant_id, session.user_id, window, max_frame_bytes,
+            )
+        )  # fmt: skip
+        self._took(session)
+
+    def _took(self, run: Run) -> None:
         self.runs[run.key] = run
         self._running[run.function] += 1
         if _takes_thread(self.functions[run.function]):
@@ -204,6 +224,17 @@ class ExecutorHandle:
 
     def send_credit(self, key: int, size: int) -> None:
         self._send(Credit(key, size))
+
+    def send_socket_frame(self, key: int, data: bytes, *, is_text: bool) -> None:
+        """Raises OSError when there is no shared memory for a large one."""
+        large = len(data) >= BLOB_THRESHOLD_BYTES
+        self._send(SocketFrame(key, self._child.arena_down.put(data) if large else data, is_text))
+
+    def send_socket_close(self, key: int, reason: str) -> None:
+        self._send(SocketClose(key, reason))
+
+    def send_socket_credit(self, key: int, size: int) -> None:
+        self._send(SocketCredit(key, size))
 
     def send_load(self, message: LoadModel) -> None:
         self._send(message)
@@ -249,6 +280,8 @@ class ExecutorHandle:
         match message:
             case Event():
                 self._events.run_event(self, message)
+            case SocketFrame() | SocketCredit() | SocketClose():
+                self._socket(message)
             case Result():
                 self._result(message)
             case Free():
@@ -278,6 +311,27 @@ class ExecutorHandle:
             return
         held = HeldOutput(self._child.arena_up, output, lambda offset: self._send(Free(offset)))
         self._events.run_result(self, result, held)
+
+    def _socket(self, message: SocketFrame | SocketCredit | SocketClose) -> None:
+        match message:
+            case SocketFrame():
+                self._socket_frame(message)
+            case SocketCredit():
+                self._events.socket_credit(self, message)
+            case SocketClose():
+                self._events.socket_close(self, message)
+
+    def _socket_frame(self, frame: SocketFrame) -> None:
+        data = frame.data
+        if not isinstance(data, bytes):
+            where, data = data, b""
+            if where.size <= OUTPUT_CAP_BYTES:  # a larger one is over any limit, so nobody needs its bytes
+                data = self._child.arena_up.read(where)
+            self._send(Free(where.offset))
+            if where.size > OUTPUT_CAP_BYTES:
+                self._events.socket_close(self, SocketClose(frame.key, "frame_too_large"))
+                return
+        self._events.socket_frame(self, frame, data)
 
     def _ready(self, ready: Ready) -> None:
         if ready.protocol != PIPE_PROTOCOL:

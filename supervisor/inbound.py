@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from supervisor.dispatcher import Dispatcher
 from supervisor.residency import Residency
-from supervisor.wire_codec import WireError, decode, encode_realtime_close
+from supervisor.wire_codec import WireError, decode
 
 if TYPE_CHECKING:
     from gen_worker.wire import worker_scheduler_pb2 as pb
@@ -32,7 +32,9 @@ class Inbound:
             "load_model_cmd": lambda command: dispatcher.commands.load(command.model_id),
             "unload_model_cmd": lambda command: dispatcher.commands.unload(command.model_id),
             "deployment_model_config": self._configure,
-            "realtime_open_cmd": self._refuse_realtime,
+            "realtime_open_cmd": dispatcher.sockets.open,
+            "realtime_frame": dispatcher.sockets.take_frame,
+            "realtime_close_cmd": dispatcher.sockets.close,
         }
 
     @property
@@ -43,6 +45,10 @@ class Inbound:
     async def room(self) -> None:
         """Wait until more may be read."""
         await self._dispatcher.backlog.room()
+
+    def stream_closed(self) -> None:
+        """Nothing more comes of the stream, and what was opened on it is over."""
+        self._dispatcher.sockets.stream_closed()
 
     def handle(self, message: bytes) -> None:
         """Take one message of the stream. Never raises."""
@@ -67,7 +73,3 @@ class Inbound:
             "the scheduler allows %d models and labels %d", len(config.supported_model_ids), len(config.model_id_by_key)
         )
         self._residency.configure(config.supported_model_ids, config.model_id_by_key)
-
-    def _refuse_realtime(self, command: pb.RealtimeOpenCommand) -> None:
-        log.warning("realtime session of %s refused: not served by this version", command.function_name)
-        self._dispatcher.outbox.put_control(encode_realtime_close(command.session_id, "unknown_function"))

@@ -18,6 +18,8 @@ batches and says what went out; when a stream ends, what may have been lost with
 6. A result that scheduler after scheduler refuses for its size is replaced by a failure that says so.
 7. A large output is read from its executor's shared memory when it is sent, not before.
 8. A Keeper, when there is one, has every result from when it is put until it is known to have arrived.
+9. What a realtime session sends is transient: it belongs to the stream that the session was opened on, and is dropped
+   with it. Only its close goes out on the next one.
 """
 
 from __future__ import annotations
@@ -106,7 +108,7 @@ class _Answer(NamedTuple):
 class _RunQueue:
     """The events of one run that wait, and its result behind them."""
 
-    __slots__ = ("credit", "items", "key", "queued", "result")
+    __slots__ = ("credit", "items", "key", "queued", "result", "transient")
 
     def __init__(self, key: int) -> None:
         self.key = key
@@ -115,6 +117,8 @@ class _RunQueue:
         self.credit = 0
         self.queued = False
         """Whether it has its place in the turns."""
+        self.transient = False
+        """Whether what waits in it goes with the stream."""
 
     def put_first(self, events: Sequence[bytes]) -> None:
         """These go again; their credit was given when they went out before."""
@@ -175,11 +179,12 @@ class Outbox:
 
     # -- producers ----------------------------------------------------------------------------
 
-    def put_event(self, key: int, message: bytes, weight: int) -> None:
-        """Queue an event of run `key`; `weight` is what it took of the run's window."""
+    def put_event(self, key: int, message: bytes, weight: int, *, transient: bool = False) -> None:
+        """Queue an event of run `key`, or a frame of a session; `weight` is what it took of the window."""
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = _RunQueue(key)
+        queue.transient = transient
         queue.items.append((message, weight))
         self._queue_turn(queue)
         self._wake.set()
@@ -191,6 +196,13 @@ class Outbox:
         else:
             ticket = self._keeper.keep(message.message()) if self._keeps else 0
             result = _Answer(message, message.size, ticket, key)
+        self._put_last(key, result)
+
+    def put_close(self, key: int, message: bytes) -> None:
+        """Queue the close of session `key`, the last that is ever put for it. It is not sent twice."""
+        self._put_last(key, _Answer(message, len(message), None))
+
+    def _put_last(self, key: int, result: _Answer) -> None:
         self._waits(result)
         queue = self._queues.pop(key, None)
         if queue is not None and queue.items:
@@ -277,6 +289,7 @@ class Outbox:
         """
         if self._taken:
             self.accepted(0)
+        self._drop_transient()
         self.forget_delivered()
         self._urgent.extendleft(reversed(self._unpacked))
         self._unpacked.clear()
@@ -325,7 +338,7 @@ class Outbox:
             self._backlog.answer_left(item.answer.cost)
             if item.answer.ticket is not None:
                 self._retained.add(Sent(item.answer.key, item.answer.ticket, item.data), self._position, now)
-        elif item.queue is not None:
+        elif item.queue is not None and not item.queue.transient:
             self._events.add(Sent(item.queue.key, 0, item.data), self._position, now)
         if item.queue is not None:
             item.queue.credit += item.weight
@@ -419,6 +432,16 @@ class Outbox:
         if queue.items and not queue.queued:
             queue.queued = True
             self._turns.append(queue)
+
+    def _drop_transient(self) -> None:
+        """Frames of sessions that end with their stream; a close that waits behind some stays."""
+        for queue in [queue for queue in self._turns if queue.transient]:
+            queue.items.clear()
+            queue.queued = False
+            self._turns.remove(queue)
+            if queue.result is not None:
+                self._urgent.append(queue.result)
+                queue.result = None
 
     def _put_back(self, item: _Taken) -> None:
         if item.answer is None:

@@ -201,6 +201,9 @@ class _SlotEvents:
         self.executor_draining = events.executor_draining
         self.run_event = events.run_event
         self.run_result = events.run_result
+        self.socket_frame = events.socket_frame
+        self.socket_close = events.socket_close
+        self.socket_credit = events.socket_credit
         self.model_loaded = events.model_loaded
         self.model_unloaded = events.model_unloaded
 

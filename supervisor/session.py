@@ -82,6 +82,9 @@ class Incoming(Protocol):
     async def room(self) -> None:
         """Wait until it is not full."""
 
+    def stream_closed(self) -> None:
+        """The stream is gone, and all of it was handed over."""
+
 
 class Credentials(Protocol):
     """What to dial with."""
@@ -267,6 +270,7 @@ class Session:
         finally:
             self._link = None
             self._outgoing.stream_closed(status)
+            self._incoming.stream_closed()
         link.status.set_result(status)
         return StreamEnd(target, status, link.life(self._clock.now()), self._epoch, drained=link.drained)
 

@@ -61,6 +61,11 @@ def encode_realtime_close(session_id: str, reason: str) -> bytes:
     return pb.WorkerSchedulerMessage(realtime_close_cmd=close).SerializeToString()
 
 
+def encode_realtime_frame(session_id: str, data: bytes, *, is_text: bool) -> bytes:
+    frame = pb.RealtimeFrame(session_id=session_id, data=data, is_text=is_text)
+    return pb.WorkerSchedulerMessage(realtime_frame=frame).SerializeToString()
+
+
 def encode_registration(resources: pb.WorkerResources, *, is_heartbeat: bool) -> bytes:
     registration = pb.WorkerRegistration(resources=resources, is_heartbeat=is_heartbeat)
     return pb.WorkerSchedulerMessage(worker_registration=registration).SerializeToString()

@@ -60,6 +60,7 @@ def limits(settings: Settings) -> Limits:
         model_concurrency=settings.model_concurrency,
         cancel_grace_s=settings.cancel_grace_seconds,
         max_input_bytes=settings.max_input_bytes,
+        max_ws_frame_bytes=settings.max_ws_frame_bytes,
     )
 
 

@@ -151,6 +151,9 @@ class Worker:
         # New runs are refused from here on, so what is active can only become less.
         self._dispatcher.drain()
         await self._unless_forced(self._dispatcher.wait_idle(self._settings.drain_timeout_seconds))
+        # Handlers of realtime sessions are told that theirs is over, and get a moment to end.
+        self._dispatcher.sockets.close_all("the worker shuts down")
+        await self._unless_forced(self._dispatcher.wait_sockets(min(LEAVE_S, self._settings.cancel_grace_seconds)))
         # What still runs would be lost with its executor: its scheduler hears it now and can place it elsewhere.
         self._dispatcher.abandon("the worker was shut down while it ran")
         # Executors leave while results go out; both take longest when something is wrong.

@@ -9,6 +9,9 @@ one run can't be taken for another that reuses its `run_id`.
     supervisor -> executor              executor -> supervisor
     Init        once, first             Ready       once, when it can take runs
     Run, Cancel, Credit                 Event, Result
+    SocketOpen                          Event, Result
+    SocketFrame, SocketClose            SocketFrame, SocketClose
+    SocketCredit                        SocketCredit
     LoadModel, UnloadModel              ModelLoaded, ModelUnloaded
     Free        a blob was read         Free
     Shutdown                            Fatal       why it is about to leave
@@ -27,6 +30,7 @@ EVENT_OVERHEAD_BYTES: Final = 256
 """What an event takes of its run's window beyond its payload: both ends count `len(payload)` and this.
 
 It is what a tiny one costs the supervisor while it waits: the wire's message around it and the objects that hold that.
+A frame of a realtime session counts the same.
 """
 
 ErrorType = Literal["validation", "retryable", "resource", "canceled", "fatal", "auth", "internal", "timeout"]
@@ -154,6 +158,53 @@ class Free(msgspec.Struct, frozen=True, array_like=True, tag=8):
     offset: int
 
 
+# -- realtime sessions ----------------------------------------------------------------------------
+
+
+class SocketOpen(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    """Start the handler of one session. Its frames may follow at once; Cancel and Result are those of runs."""
+
+    key: int
+    session_id: str
+    function: str
+    models: dict[str, str]
+    """Injected parameter -> model id; each was loaded by a LoadModel before."""
+    timeout_ms: int
+    deadline: float
+    """Epoch seconds; 0.0: none."""
+    tenant_id: str
+    user_id: str
+    window: int
+    """Bytes of frames and events that may be under way in either direction before a SocketCredit gives more."""
+    max_frame_bytes: int
+
+
+class SocketFrame(msgspec.Struct, frozen=True, array_like=True, tag=10):
+    """Both ways: one frame, in order."""
+
+    key: int
+    data: Payload
+    is_text: bool = False
+
+
+class SocketClose(msgspec.Struct, frozen=True, array_like=True, tag=11):
+    """Both ways: no frame follows from the sender.
+
+    Down: the session is over for the scheduler, and `reason` says why. Up: the reason that the scheduler is to be
+    told; a Result follows when the handler itself has ended.
+    """
+
+    key: int
+    reason: str
+
+
+class SocketCredit(msgspec.Struct, frozen=True, array_like=True, tag=12):
+    """Both ways: `size` bytes of what the receiver sent have left: the handler or the scheduler took them."""
+
+    key: int
+    size: int
+
+
 # -- executor -> supervisor -----------------------------------------------------------------------
 
 
@@ -172,6 +223,8 @@ class Event(msgspec.Struct, frozen=True, array_like=True, tag=21, rename={"type"
 
 
 class Result(msgspec.Struct, frozen=True, array_like=True, tag=22):
+    """The end of a run, or of a session's handler (without output)."""
+
     key: int
     output: Payload = b""
     failure: Failure | None = None
@@ -203,8 +256,11 @@ class Fatal(msgspec.Struct, frozen=True, array_like=True, tag=25):
     detail: str = ""
 
 
-Downward = Init | Run | Cancel | Credit | LoadModel | UnloadModel | Shutdown | Free
-Upward = Ready | Event | Result | ModelLoaded | ModelUnloaded | Fatal | Free
+Downward = (
+    Init | Run | Cancel | Credit | LoadModel | UnloadModel | Shutdown | Free
+    | SocketOpen | SocketFrame | SocketClose | SocketCredit
+)  # fmt: skip
+Upward = Ready | Event | Result | ModelLoaded | ModelUnloaded | Fatal | Free | SocketFrame | SocketClose | SocketCredit
 
 encode = msgspec.msgpack.Encoder().encode
 decode_downward = msgspec.msgpack.Decoder(Downward).decode

@@ -28,7 +28,7 @@ from gen_worker.errors import RunCanceled, ValidationError, WorkerError
 from gen_worker.failures import failure_of
 from gen_worker.payloads import convert_payload, decode_payload, encode_delta, encode_output
 from gen_worker.pipe.messages import Failure
-from gen_worker.realtime import RealtimeSocket
+from gen_worker.realtime import Frame, RealtimeSocket
 from gen_worker.signature import FunctionSpec, inspect_function
 from gen_worker.types import Asset
 
@@ -85,7 +85,7 @@ OnEvent = Callable[[ActionContext, RecordedEvent], None]
 
 
 @dataclass(slots=True)
-class _MemoryHost:
+class MemoryHost:
     """RunHost over an Outcome."""
 
     outcome: Outcome
@@ -110,12 +110,12 @@ class _MemorySocket:
     """SocketHost over a SocketOutcome."""
 
     outcome: SocketOutcome
-    frames: deque[bytes]
+    frames: deque[Frame]
 
     async def send(self, data: bytes, *, is_text: bool) -> None:
         self.outcome.sent.append(data.decode() if is_text else data)
 
-    async def receive(self) -> bytes | None:
+    async def receive(self) -> Frame | None:
         return self.frames.popleft() if self.frames else None
 
     async def close(self) -> None:
@@ -171,7 +171,7 @@ def run_function(  # noqa: PLR0913  # keyword-only, each with a default
     function that breaks the rules, TypeError for `models` that do not fit it, and RuntimeError for an async function
     inside a running event loop: use run_function_async there.
     """
-    spec = _inspect(func, is_websocket=False)
+    spec = inspect_as(func, is_websocket=False)
     who = {"run_id": run_id, "tenant_id": tenant_id, "user_id": user_id}
     call = _prepare(spec, models, on_event, timeout_ms=timeout_ms, device=device, **who)
     if spec.mode in {"async", "async_generator"}:
@@ -193,7 +193,7 @@ async def run_function_async(  # noqa: PLR0913  # as above
     on_event: OnEvent | None = None,
 ) -> Outcome:
     """As run_function, on the running event loop; sync functions run in a thread, as in an executor."""
-    spec = _inspect(func, is_websocket=False)
+    spec = inspect_as(func, is_websocket=False)
     who = {"run_id": run_id, "tenant_id": tenant_id, "user_id": user_id}
     call = _prepare(spec, models, on_event, timeout_ms=timeout_ms, device=device, **who)
     if spec.mode in {"async", "async_generator"}:
@@ -211,13 +211,16 @@ async def run_websocket(
     user_id: str = "",
     device: str = "cpu",
 ) -> SocketOutcome:
-    """Run a websocket handler over `frames`; after the last one the other end has closed. Raises as run_function."""
-    spec = _inspect(func, is_websocket=True)
+    """Run a websocket handler over `frames`; after the last one the other end has closed. Raises as run_function.
+
+    To talk with one, see `open_socket`.
+    """
+    spec = inspect_as(func, is_websocket=True)
     outcome = SocketOutcome()
-    incoming = deque(frame.encode() if isinstance(frame, str) else frame for frame in frames)
-    host = _MemoryHost(outcome)
+    incoming = deque(Frame(frame.encode(), True) if isinstance(frame, str) else Frame(frame) for frame in frames)
+    host = MemoryHost(outcome)
     context = ActionContext(run_id=session_id, host=host, tenant_id=tenant_id, user_id=user_id, device=device)
-    arguments = {**_check_models(spec, models), spec.socket_param: RealtimeSocket(_MemorySocket(outcome, incoming))}
+    arguments = {**check_models(spec, models), spec.socket_param: RealtimeSocket(_MemorySocket(outcome, incoming))}
     call = _Call(spec, context, outcome, arguments, None)
     try:
         await call.start()
@@ -227,7 +230,8 @@ async def run_websocket(
     return outcome
 
 
-def _inspect(func: Callable[..., Any], *, is_websocket: bool) -> FunctionSpec:
+def inspect_as(func: Callable[..., Any], *, is_websocket: bool) -> FunctionSpec:
+    """The spec of a function, or of a handler. Raises SignatureError, and TypeError when it is the other."""
     spec = inspect_function(func)
     if (spec.mode == "websocket") != is_websocket:
         raise TypeError(f"{spec.qualified_name}: use {'run_function' if is_websocket else 'run_websocket'} for it")
@@ -246,14 +250,15 @@ def _prepare(
     spec: FunctionSpec, models: Mapping[str, object] | None, on_event: OnEvent | None, **context_arguments: Any
 ) -> _Call:
     outcome = Outcome()
-    host = _MemoryHost(outcome)
+    host = MemoryHost(outcome)
     context = ActionContext(host=host, **context_arguments)
     if on_event is not None:
         host.on_event = lambda event: on_event(context, event)
-    return _Call(spec, context, outcome, _check_models(spec, models), on_event)
+    return _Call(spec, context, outcome, check_models(spec, models), on_event)
 
 
-def _check_models(spec: FunctionSpec, models: Mapping[str, object] | None) -> dict[str, object]:
+def check_models(spec: FunctionSpec, models: Mapping[str, object] | None) -> dict[str, object]:
+    """The injected values by parameter. Raises TypeError when some are missing or unknown."""
     given, wanted = dict(models or {}), {injection.param for injection in spec.injections}
     if missing := sorted(wanted - set(given)):
         raise TypeError(f"{spec.qualified_name} needs models={{{missing[0]!r}: ...}}")

@@ -14,7 +14,17 @@ from typing import Any
 import psutil
 import pytest
 
-from gen_worker.pipe.messages import PIPE_PROTOCOL, Event, Init, ModelLoaded, ModelUnloaded, Result
+from gen_worker.pipe.messages import (
+    PIPE_PROTOCOL,
+    Event,
+    Init,
+    ModelLoaded,
+    ModelUnloaded,
+    Result,
+    SocketClose,
+    SocketCredit,
+    SocketFrame,
+)
 from gen_worker.testing.mock_orchestrator import MockOrchestrator
 from supervisor import pool as pool_module
 from supervisor.child import Child, ExitCause
@@ -237,6 +247,9 @@ class Listener:
     def executor_draining(self, handle: ExecutorHandle) -> None: ...
     def run_event(self, handle: ExecutorHandle, event: Event) -> None: ...
     def run_result(self, handle: ExecutorHandle, result: Result, output: bytes | HeldOutput) -> None: ...
+    def socket_frame(self, handle: ExecutorHandle, frame: SocketFrame, data: bytes) -> None: ...
+    def socket_close(self, handle: ExecutorHandle, close: SocketClose) -> None: ...
+    def socket_credit(self, handle: ExecutorHandle, credit: SocketCredit) -> None: ...
     def model_loaded(self, handle: ExecutorHandle, loaded: ModelLoaded) -> None: ...
     def model_unloaded(self, handle: ExecutorHandle, unloaded: ModelUnloaded) -> None: ...
 

@@ -378,13 +378,11 @@ UNKNOWN_ONEOF = b"\xa2\x06\x02\x0a\x00"
         b"\x52\x05\x0a\x03\xff\xfe\xfd",  # a run_id that is not UTF-8
         pb.WorkerSchedulerMessage(run_result=pb.TaskExecutionResult(run_id="echo")).SerializeToString(),
         pb.WorkerSchedulerMessage(worker_registration=pb.WorkerRegistration()).SerializeToString(),
-        pb.WorkerSchedulerMessage(realtime_frame=pb.RealtimeFrame(session_id="none")).SerializeToString(),
-        pb.WorkerSchedulerMessage(realtime_close_cmd=pb.RealtimeCloseCommand(session_id="none")).SerializeToString(),
         os.urandom(4096),
     ],
     ids=[
         "empty", "unknown oneof", "garbage", "a length beyond the end", "not UTF-8", "a result", "a registration",
-        "a frame of no session", "a close of no session", "noise",
+        "noise",
     ],
 )  # fmt: skip
 async def test_a_message_without_sense_is_logged_and_harms_nothing(worker: Chain, data: bytes) -> None:

@@ -72,11 +72,15 @@ class Box:
 class Inbox:
     def __init__(self) -> None:
         self.messages: list[bytes] = []
+        self.streams_closed = 0
         self.full = False
         self.emptied = asyncio.Event()
 
     async def room(self) -> None:
         await self.emptied.wait()
+
+    def stream_closed(self) -> None:
+        self.streams_closed += 1
 
     def handle(self, message: bytes) -> None:
         if message == b"bug":

@@ -20,7 +20,7 @@ A = "cozy:org/a:latest"
 @pytest.fixture
 async def rig(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
     use_recording_children(monkeypatch.setattr)
-    rig = Rig([function("f"), function("g", models=["a"])], models=[A], labels={"a": A})
+    rig = Rig([function("f"), function("g", models=["a"]), function("chat", "websocket")], models=[A], labels={"a": A})
     yield rig
     rig.close()
 
@@ -66,10 +66,17 @@ async def test_deployment_model_config(rig: Rig, inbound: Inbound) -> None:
     assert rig.results()["r2"].safe_message == "model not allowed"
 
 
-async def test_realtime_is_refused_with_a_reason(rig: Rig, inbound: Inbound) -> None:
+async def test_realtime_sessions(rig: Rig, inbound: Inbound) -> None:
     inbound.handle(message(realtime_open_cmd=pb.RealtimeOpenCommand(session_id="s1", function_name="talk")))
     (answer,) = rig.messages()
     assert answer.realtime_close_cmd == pb.RealtimeCloseCommand(session_id="s1", reason="unknown_function")
+    inbound.handle(message(realtime_open_cmd=pb.RealtimeOpenCommand(session_id="s2", function_name="chat")))
+    inbound.handle(message(realtime_frame=pb.RealtimeFrame(session_id="s2", data=b"hi")))
+    inbound.handle(message(realtime_close_cmd=pb.RealtimeCloseCommand(session_id="s2")))
+    sent = rig.executors[0].child.sent
+    assert [type(each).__name__ for each in sent] == ["SocketOpen", "SocketFrame", "SocketClose"]
+    inbound.stream_closed()
+    assert [answer.realtime_close_cmd.reason for answer in rig.messages()] == ["closed"]
 
 
 @pytest.mark.parametrize(
@@ -80,9 +87,10 @@ async def test_realtime_is_refused_with_a_reason(rig: Rig, inbound: Inbound) -> 
         (b"\xf8\x07\x01", "it is empty"),
         (message(run_result=pb.TaskExecutionResult(run_id="r1")), "unexpected run_result"),
         (message(worker_registration=pb.WorkerRegistration()), "unexpected worker_registration"),
-        (message(realtime_frame=pb.RealtimeFrame(session_id="s1")), "unexpected realtime_frame"),
+        (message(realtime_frame=pb.RealtimeFrame(session_id="s1")), "frames of session s1 are dropped"),
+        (message(realtime_close_cmd=pb.RealtimeCloseCommand(session_id="s1")), "a close of session s1 is dropped"),
     ],
-    ids=["garbage", "empty", "unknown field", "result", "registration", "frame"],
+    ids=["garbage", "empty", "unknown field", "result", "registration", "frame", "close"],
 )
 async def test_what_is_dropped(
     rig: Rig, inbound: Inbound, caplog: pytest.LogCaptureFixture, data: bytes, words: str

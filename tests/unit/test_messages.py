@@ -14,6 +14,13 @@ from hypothesis import strategies as st
 
 from gen_worker.pipe import messages as m
 
+BOTH_WAYS: list[tuple[Any, list[Any]]] = [
+    (m.SocketFrame(9, b"data", is_text=True), [10, 9, b"data", True]),
+    (m.SocketFrame(9, m.Blob(1048576, 3)), [10, 9, [1048576, 3], False]),
+    (m.SocketClose(9, "closed"), [11, 9, "closed"]),
+    (m.SocketCredit(9, 4096), [12, 9, 4096]),
+]
+
 DOWN: list[tuple[Any, list[Any]]] = [
     (
         m.Init(1, 2, "cuda:0", ("a", "b"), "/app", "/run", 64, 5.0, 100, 200, 0, {"torch.Tensor": "mod:load"}),
@@ -36,6 +43,11 @@ DOWN: list[tuple[Any, list[Any]]] = [
     (m.UnloadModel("cozy:a/b:latest"), [6, "cozy:a/b:latest"]),
     (m.Shutdown(), [7]),
     (m.Free(2097152), [8, 2097152]),
+    (
+        m.SocketOpen(9, "s-9", "talk", {"p": "cozy:a/b:latest"}, 1500, 12.5, "tenant", "user", 262144, 1024),
+        [9, 9, "s-9", "talk", {"p": "cozy:a/b:latest"}, 1500, 12.5, "tenant", "user", 262144, 1024],
+    ),
+    *BOTH_WAYS,
 ]
 
 UP: list[tuple[Any, list[Any]]] = [
@@ -80,6 +92,7 @@ UP: list[tuple[Any, list[Any]]] = [
     ),
     (m.Fatal("import", "no module x", "trace"), [25, "import", "no module x", "trace"]),
     (m.Free(0), [8, 0]),
+    *BOTH_WAYS,
 ]
 
 FEWEST: list[tuple[list[Any], Any]] = [
@@ -130,7 +143,7 @@ def test_the_tables_cover_both_unions() -> None:
 
 def test_no_two_tags_are_equal() -> None:
     kinds = set(get_args(m.Downward)) | set(get_args(m.Upward))
-    assert len({kind.__struct_config__.tag for kind in kinds}) == len(kinds) == 14
+    assert len({kind.__struct_config__.tag for kind in kinds}) == len(kinds) == 18
 
 
 def test_the_unions_are_closed() -> None:

@@ -596,3 +596,29 @@ def first_times(messages: Iterable[bytes]) -> Iterator[bytes]:
 
 
 TestOutboxMachine = OutboxMachine.TestCase
+
+
+# -- realtime sessions ----------------------------------------------------------------------------
+
+
+def test_a_sessions_close_follows_its_frames_and_is_not_kept(box: Box) -> None:
+    box.outbox.put_event(1, b"frame", 10, transient=True)
+    box.outbox.put_close(1, b"close")
+    box.outbox.put_close(2, b"close of 2")
+    assert box.send_all() == [b"close of 2", b"frame", b"close"]
+    assert box.credits[1] == 10
+    box.outbox.stream_closed()
+    assert box.send_all() == []
+
+
+def test_frames_go_with_their_stream_and_closes_stay(box: Box) -> None:
+    box.outbox.put_event(1, b"frame", 10, transient=True)
+    box.outbox.put_event(2, b"frame", 10, transient=True)
+    box.outbox.put_close(2, b"close of 2")
+    box.outbox.put_event(3, b"event", 10)
+    box.outbox.put_result(3, b"result")
+    assert box.take()  # under way when the stream ends
+    box.outbox.stream_closed()
+    box.outbox.put_close(1, b"close of 1")
+    assert sorted(box.send_all()) == [b"close of 1", b"close of 2", b"event", b"result"]
+    assert not box.outbox.depth

@@ -12,6 +12,7 @@ with it. Importing this package imports grpc, which nothing that tenants import 
 
 from __future__ import annotations
 
+from .bridge import RealtimeBridge
 from .connection import EndedBy, Received, Registration, StreamEnd, WorkerConnection
 from .errors import (
     ListenError,
@@ -49,6 +50,7 @@ __all__ = [
     "NoResultError",
     "NoWorkerError",
     "OnConnect",
+    "RealtimeBridge",
     "RealtimeSession",
     "Received",
     "Registration",

@@ -25,6 +25,7 @@ from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
+from .bridge import RealtimeBridge
 from .connection import WorkerConnection
 from .errors import MockOrchestratorError, NoResultError, NoWorkerError, StreamEndedError, UsageError, WaitTimeoutError
 from .files import FileStoreServer
@@ -50,6 +51,13 @@ output (stdout, one line each; all else goes to stderr):
   [event] <type> <json>      every event, deltas included, with --print-events
   [registration] <json>      every registration and heartbeat, with --print-registrations
   Bytes are printed as base64. Without --run every message is printed, events with their run_id before the type.
+
+--realtime-listen 127.0.0.1:8081:
+  A browser or any WebSocket client that connects to ws://127.0.0.1:8081/<function> talks to that handler, in a
+  session of its own: text and binary frames pass as they are. The worker's reason for the end is the reason of the
+  close frame. Its code: 1000 completed, closed; 1008 unknown_function; 1009 frame_too_large; 1011 worker_crashed,
+  timeout, error:<ExceptionName>; 1012 the worker's stream ended; 1013 slow_consumer, or no worker is connected.
+  --tenant-id, --user-id, --timeout-ms and --required-model go for sessions too.
 
 exit codes:
   0   the run succeeded; or, without --run, the tool was interrupted
@@ -98,6 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--file-token", default="", metavar="T", help="its token; also what --serve-files-dir then asks for")
     add("--serve-files-dir", metavar="DIR", help="serve this directory as a development file store")
     add("--serve-files-listen", default="127.0.0.1:0", metavar="H:P", help="where (%(default)s)")
+    add(
+        "--realtime-listen",
+        metavar="H:P",
+        help="serve websocket handlers to WebSocket clients there; port 0: a free one; needs the package websockets",
+    )
     add("--require-token", metavar="T", help="refuse workers with another bearer token")
     add("--print-events", action="store_true")
     add("--print-registrations", action="store_true")
@@ -156,20 +169,23 @@ class _Session:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._interrupted.set)
         options = self._options
-        with contextlib.ExitStack() as stack:
+        async with contextlib.AsyncExitStack() as stack:
             if options.serve_files_dir is not None:
                 store = stack.enter_context(self._file_store())
                 options.file_base_url = options.file_base_url or store.url
                 _note(f"serving {options.serve_files_dir} on {store.url}")
-            async with self._orchestrator:
-                _note(f"listening on {self._orchestrator.address}")
-                if not options.run:
-                    await self._interrupted.wait()
-                    return 0
-                try:
-                    return await self._run()
-                finally:
-                    await self._say_goodbye()
+            await stack.enter_async_context(self._orchestrator)
+            _note(f"listening on {self._orchestrator.address}")
+            if options.realtime_listen is not None:
+                bridge = await stack.enter_async_context(self._bridge())
+                _note(f"websocket handlers on {bridge.url}/<function>")
+            if not options.run:
+                await self._interrupted.wait()
+                return 0
+            try:
+                return await self._run()
+            finally:
+                await self._say_goodbye()
 
     async def _say_goodbye(self) -> None:
         """End the streams with a status, behind what was sent last; a stop alone would overtake it."""
@@ -183,6 +199,17 @@ class _Session:
             return FileStoreServer(options.serve_files_dir, listen=options.serve_files_listen, token=options.file_token)
         except OSError as error:
             raise UsageError(f"--serve-files-dir {options.serve_files_dir}: {error.strerror}") from error
+
+    def _bridge(self) -> RealtimeBridge:
+        options = self._options
+        return RealtimeBridge(
+            self._orchestrator,
+            options.realtime_listen,
+            tenant_id=options.tenant_id,
+            user_id=options.user_id,
+            timeout_ms=options.timeout_ms,
+            required_models=options.required_model,
+        )
 
     async def _run(self) -> int:
         try:

@@ -1,6 +1,7 @@
 """One realtime session: frames both ways and how it was closed.
 
-Owns: the session's inbox. It outlives the stream it was opened on: frames are matched by session_id.
+Owns: the session's inbox. Frames are matched by session_id, whichever stream brings them; a worker ends its sessions
+with the stream that they were opened on, and says so on the next one.
 """
 
 from __future__ import annotations
@@ -10,24 +11,39 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from gen_worker.wire import worker_scheduler_pb2 as pb
 
+from .connection import WorkerConnection
 from .errors import StreamEndedError, WaitTimeoutError
 
 
 class RealtimeSession:
-    """A session that was opened on a worker; `close_reason` is None until the worker closed it."""
+    """A session that was opened on a worker.
+
+    connection           the stream that it was opened on
+    close_reason         None until the worker closed it
+    waiting_bytes        of frames that were not received
+    max_waiting_bytes    past it the session is `overflowed` and frames are dropped; 0: no limit
+    stream_ended         whether the stream that it was opened on is over
+    broken               an event: overflowed, or stream_ended
+    """
 
     def __init__(
         self,
         session_id: str,
         function_name: str,
-        worker_id: str,
+        connection: WorkerConnection,
         *,
         send: Callable[[str, pb.WorkerSchedulerMessage], Awaitable[None]],
     ) -> None:
         self.session_id = session_id
         self.function_name = function_name
-        self.worker_id = worker_id
+        self.connection = connection
+        self.worker_id = connection.worker_id
         self.close_reason: str | None = None
+        self.waiting_bytes = 0
+        self.max_waiting_bytes = 0
+        self.overflowed = False
+        self.stream_ended = False
+        self.broken = asyncio.Event()
         self._send = send
         self._inbox: asyncio.Queue[pb.RealtimeFrame | None] = asyncio.Queue()
         self._closed = asyncio.Event()
@@ -57,11 +73,13 @@ class RealtimeSession:
         if frame is None:
             self._inbox.put_nowait(None)
             raise StreamEndedError(f"{self!r}: the worker closed it")
+        self.waiting_bytes -= len(frame.data)
         return frame
 
     async def __aiter__(self) -> AsyncIterator[pb.RealtimeFrame]:
         """Frames until the worker closes."""
         while (frame := await self._inbox.get()) is not None:
+            self.waiting_bytes -= len(frame.data)
             yield frame
         self._inbox.put_nowait(None)
 
@@ -77,7 +95,16 @@ class RealtimeSession:
     # -- called by the orchestrator -----------------------------------------------------------------
 
     def take_frame(self, frame: pb.RealtimeFrame) -> None:
-        self._inbox.put_nowait(frame)
+        self.waiting_bytes += len(frame.data)
+        if self.max_waiting_bytes and self.waiting_bytes > self.max_waiting_bytes:
+            self.overflowed = True
+            self.broken.set()
+        if not self.overflowed:
+            self._inbox.put_nowait(frame)
+
+    def take_stream_end(self) -> None:
+        self.stream_ended = True
+        self.broken.set()
 
     def take_close(self, reason: str) -> None:
         if self.close_reason is None:

@@ -13,6 +13,7 @@ commands, realtime sessions).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import time
@@ -49,6 +50,7 @@ OnMessage = Callable[[WorkerConnection, str, pb.WorkerSchedulerMessage], None]
 _METHOD_NAME = "ConnectWorker"
 _KEPT_CONNECTIONS = 1024
 _KEPT_STRAYS = 10_000
+_KEPT_CLOSED = 1024
 
 
 def _server_options(message_limit: int) -> list[tuple[str, int]]:
@@ -75,6 +77,7 @@ class MockOrchestrator:
     history           the last 1024 streams, ended ones included
     stream_count      how many streams there were
     runs              what is known by run_id (see `forget`)
+    sessions          the realtime sessions that no worker has closed, by session_id
     stray_results     the last 10,000 results of runs that are not known
     spawn_requests    the last 10,000 SpawnTasksRequests
     """
@@ -131,7 +134,8 @@ class MockOrchestrator:
         }
         self._server: grpc.aio.Server | None = None
         self._waiters = Waiters()
-        self._sessions: dict[str, RealtimeSession] = {}
+        self.sessions: dict[str, RealtimeSession] = {}
+        self._closed_sessions: deque[str] = deque(maxlen=_KEPT_CLOSED)
         self._outstanding: defaultdict[str, int] = defaultdict(int)
         self._configuring: set[asyncio.Task[None]] = set()
 
@@ -327,9 +331,11 @@ class MockOrchestrator:
             file_base_url=file_base_url,
             file_token=file_token,
         )
-        connection = self.find(worker)
-        session = RealtimeSession(command.session_id, function_name, connection.worker_id, send=self.send)
-        self._sessions[session.session_id] = session
+        connection = self.find(worker, function_name)
+        session = RealtimeSession(command.session_id, function_name, connection, send=self.send)
+        self.sessions[session.session_id] = session
+        with contextlib.suppress(ValueError):  # an id that is used again
+            self._closed_sessions.remove(session.session_id)
         await connection.send(pb.WorkerSchedulerMessage(realtime_open_cmd=command))
         return session
 
@@ -395,6 +401,9 @@ class MockOrchestrator:
         self.connections.discard(connection)
         for worker_id in [name for name, current in self.workers.items() if current is connection]:
             del self.workers[worker_id]
+        for session in self.sessions.values():
+            if session.connection is connection:
+                session.take_stream_end()
         if self.on_end is not None:
             self.on_end(connection)
         self.changed()
@@ -438,13 +447,20 @@ class MockOrchestrator:
             self._outstanding[handle.worker_id] -= 1
         handle.take_result(result, connection)
 
-    def _take_frame(self, _connection: WorkerConnection, message: pb.WorkerSchedulerMessage) -> None:
-        if session := self._sessions.get(message.realtime_frame.session_id):
+    def _take_frame(self, connection: WorkerConnection, message: pb.WorkerSchedulerMessage) -> None:
+        session_id = message.realtime_frame.session_id
+        if session := self.sessions.get(session_id):
             session.take_frame(message.realtime_frame)
+        elif session_id in self._closed_sessions:
+            connection.violate(f"a frame of session {session_id} came after its close")
 
-    def _take_close(self, _connection: WorkerConnection, message: pb.WorkerSchedulerMessage) -> None:
-        if session := self._sessions.pop(message.realtime_close_cmd.session_id, None):
+    def _take_close(self, connection: WorkerConnection, message: pb.WorkerSchedulerMessage) -> None:
+        session_id = message.realtime_close_cmd.session_id
+        if session := self.sessions.pop(session_id, None):
             session.take_close(message.realtime_close_cmd.reason)
+            self._closed_sessions.append(session_id)
+        elif session_id in self._closed_sessions:
+            connection.violate(f"a second close of session {session_id}")
 
     def _take_spawn(self, _connection: WorkerConnection, message: pb.WorkerSchedulerMessage) -> None:
         self.spawn_requests.append(message.spawn_tasks)
