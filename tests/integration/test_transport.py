@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -13,18 +13,11 @@ import trustme
 
 from gen_worker.wire import METHOD
 from supervisor.transport import StatusCode, Stream, StreamClosed, TlsFiles, Transport
-from supervisor.transport.grpcio import INBOX_BYTES, INBOX_MESSAGES, GrpcioTransport
+from supervisor.transport.grpcio import INBOX_BYTES, INBOX_MESSAGES
 from tests.support.stream_server import Dial, eventually, serving, settled
+from tests.support.transports import TransportFactory
 
 MIB = 1024 * 1024
-
-TransportFactory = Callable[..., Transport]
-TRANSPORTS: dict[str, TransportFactory] = {"grpcio": GrpcioTransport}
-
-
-@pytest.fixture(params=sorted(TRANSPORTS))
-def make_transport(request: pytest.FixtureRequest) -> TransportFactory:
-    return TRANSPORTS[request.param]
 
 
 @pytest.fixture(autouse=True)
