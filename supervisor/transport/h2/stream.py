@@ -51,6 +51,8 @@ from supervisor.transport.h2.statuses import (
 )
 
 log = logging.getLogger(__name__)
+# At debug it logs every header as it encodes it, the token's among them, in plain and in Huffman's code.
+logging.getLogger("hpack").setLevel(logging.WARNING)
 
 MESSAGE_BYTES: Final = TRANSPORT_LIMIT_BYTES + 1024 * 1024
 """The slack is for what surrounds a payload of the full size."""
