@@ -47,9 +47,7 @@ async def executor_replaced(env: dict[str, str], cwd: str) -> float:
 
 
 def _executor_of(worker: Subject) -> psutil.Process:
-    (executor,) = [
-        child for child in psutil.Process(worker.process.pid).children() if "executor" in child.cmdline()
-    ]
+    (executor,) = [child for child in psutil.Process(worker.process.pid).children() if "executor" in child.cmdline()]
     return executor
 
 
@@ -67,7 +65,9 @@ async def resident(env: dict[str, str], cwd: str, runs: int, steps: int = 10) ->
 async def stalls(env: dict[str, str], cwd: str, report: Path) -> tuple[float, float]:
     """How long the supervisor's loop was held up at worst while all the measures ran, and its CPU at a stretch."""
     command = (sys.executable, str(HERE / "watched_worker.py"))
-    async with subject("worker", command, {**env, "BENCH_STALLS": str(report), "PYTHONPATH": str(HERE.parent)}, cwd) as worker:
+    async with subject(
+        "worker", command, {**env, "BENCH_STALLS": str(report), "PYTHONPATH": str(HERE.parent)}, cwd
+    ) as worker:
         worker.process.send_signal(signal.SIGUSR1)  # what the start held up is none of this
         for measure in DRIVEN:
             await worker.scheduler.drive(measure.function, measure.payload, runs=measure.runs, window=measure.window)
@@ -77,5 +77,3 @@ async def stalls(env: dict[str, str], cwd: str, report: Path) -> tuple[float, fl
                 await asyncio.sleep(0.05)
     late, busy = map(float, lines[-1].split())
     return late, busy
-
-

@@ -55,7 +55,9 @@ class Wire(asyncio.Protocol):
 
     def __init__(self, scheduler: LoadScheduler) -> None:
         self._scheduler = scheduler
-        self._http = H2Connection(H2Configuration(client_side=False, header_encoding=None, validate_inbound_headers=False))
+        self._http = H2Connection(
+            H2Configuration(client_side=False, header_encoding=None, validate_inbound_headers=False)
+        )
         self._http.local_settings = Settings(
             client=False,
             initial_values={SettingCodes.INITIAL_WINDOW_SIZE: WINDOW_BYTES, SettingCodes.MAX_FRAME_SIZE: FRAME_BYTES},
