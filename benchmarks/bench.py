@@ -1,9 +1,10 @@
-"""`make bench`: the worker beside the floor, in one run, as ratios.
+"""`make bench`: the worker, with each transport, beside the floor, in one run, as ratios.
 
-Both are driven by the same load over loopback. Rounds alternate between them, so that what else the machine does hits
-both; each figure is the median of the rounds. Prints a table and writes benchmarks/out/bench.json.
+All are driven by the same load over loopback (load.py). Rounds alternate between them, so that what else the machine
+does hits all; each figure is the median of the rounds, and each ratio the median of the rounds' ratios. Prints a table,
+writes benchmarks/out/bench.json, and draws the charts of docs/benchmarks.md when matplotlib is there (the `bench` extra).
 
-    python benchmarks/bench.py [--rounds N]
+    python benchmarks/bench.py [--rounds N] [--only WORDS] [--quick]
 """
 
 from __future__ import annotations
@@ -15,131 +16,188 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Final
 
-import msgspec
 import psutil
-from floor import Count, Echo
-from load import LoadScheduler, subject
+import uvloop
+from alone import executor_replaced, first_registration, resident, stalls
+from load import Subject, subject
+from measures import CPU, DRIVEN, MIB, SMALL, Driven
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).resolve().parent
-OUT = HERE / "out"
-MIB = 1024 * 1024
+HERE: Final = Path(__file__).resolve().parent
+OUT: Final = HERE / "out"
+FLOOR: Final = "floor"
+SUBJECTS: Final = {
+    "grpcio": {"WORKER_GRPC_TRANSPORT": "grpcio"},
+    "h2": {"WORKER_GRPC_TRANSPORT": "h2"},
+    "grpcio, 4 executors": {"WORKER_GRPC_TRANSPORT": "grpcio", "WORKER_EXECUTORS": "4"},
+    "h2, 4 executors": {"WORKER_GRPC_TRANSPORT": "h2", "WORKER_EXECUTORS": "4"},
+}
+CPU_GOALS: Final = {"h2": 0.4}
 
-SMALL = Echo(text="hello", data=b"x" * 64)
 
+@dataclass
+class Row:
+    """One line of the table. `ratio` is to the floor; None where the figure stands for itself."""
 
-@dataclass(frozen=True)
-class Measure:
-    """One figure: how it is taken, and which ratio to the floor is aimed at."""
-
-    name: str
+    measure: str
+    subject: str
     unit: str
-    function: str
-    payload: msgspec.Struct
-    runs: int
-    window: int
-    read: Callable[[list[float], float, int], float]
-    more_is_better: bool
-    goal: float
+    figure: float
+    floor: float | None = None
+    ratio: float | None = None
+    goal: float | None = None
+    more_is_better: bool = False
+    rounds: list[float] = field(default_factory=list)
+
+    @property
+    def reached(self) -> bool | None:
+        if self.goal is None:
+            return None
+        judged = self.figure if self.ratio is None else self.ratio
+        return judged >= self.goal if self.more_is_better else judged <= self.goal
 
 
-def _percentile(share: float) -> Callable[[list[float], float, int], float]:
-    def read(latencies: list[float], _elapsed: float, _events: int) -> float:
-        ordered = sorted(latencies)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1e6
-
-    return read
-
-
-def _rate(latencies: list[float], elapsed: float, _events: int) -> float:
-    return len(latencies) / elapsed
-
-
-def _event_rate(_latencies: list[float], elapsed: float, events: int) -> float:
-    return events / elapsed
-
-
-def _bytes_rate(latencies: list[float], elapsed: float, _events: int) -> float:
-    return len(latencies) * 2 * 64 / elapsed
-
-
-MEASURES = [
-    Measure("small runs, window 64", "runs/s", "echo", SMALL, 6000, 64, _rate, True, 0.8),
-    Measure("sequential latency p50", "us", "echo", SMALL, 1500, 1, _percentile(0.5), False, 1.25),
-    Measure("sequential latency p99", "us", "echo", SMALL, 1500, 1, _percentile(0.99), False, 1.25),
-    Measure("deltas of one stream", "deltas/s", "count", Count(20000, 16), 1, 1, _event_rate, True, 0.8),
-    Measure("deltas of 64 streams", "deltas/s", "count", Count(300, 16), 64, 64, _event_rate, True, 0.8),
-    Measure("64 MiB in and out", "MiB/s", "echo", Echo(data=bytes(64 * MIB)), 4, 1, _bytes_rate, True, 0.8),
-]
-
-
-async def take(scheduler: LoadScheduler, measure: Measure) -> float:
-    outcome = await scheduler.drive(measure.function, measure.payload, runs=measure.runs, window=measure.window)
-    return measure.read(outcome.latencies, outcome.elapsed, outcome.events)
-
-
-async def compare(rounds: int, only: str) -> list[dict[str, object]]:
-    env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    worker_env = {
-        **env,
-        "SCHEDULER_ADDR": "{address}",
+def environment(address: str = "{address}", **more: str) -> dict[str, str]:
+    """Of a floor or a worker; WORKER_ variables of ours go to the worker too."""
+    return {
+        **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+        "SCHEDULER_ADDR": address,
         "USER_MODULES": "bench_functions",
         "WORKER_HTTP_ADDR": "",
         "WORKER_LOG_LEVEL": "warning",
+        "RECONNECT_DELAY": "0.2",
         **{name: value for name, value in os.environ.items() if name.startswith("WORKER_")},
+        **more,
     }
-    floor_command = [sys.executable, str(HERE / "floor.py"), "{address}"]
-    worker_command = [sys.executable, "-m", "gen_worker.entrypoint"]
-    rows: list[dict[str, object]] = []
-    async with (
-        subject(floor_command, env, str(HERE)) as (floor, floor_pid),
-        subject(worker_command, worker_env, str(HERE)) as (worker, worker_pid),
-    ):
-        for scheduler in (floor, worker):
-            await scheduler.drive("echo", SMALL, runs=500, window=16)
-        for measure in (measure for measure in MEASURES if only in measure.name):
-            pairs = [(await take(floor, measure), await take(worker, measure)) for _ in range(rounds)]
-            floor_figure, figure = (statistics.median(values) for values in zip(*pairs, strict=True))
-            ratio = statistics.median(mine / base for base, mine in pairs)
-            good = ratio >= measure.goal if measure.more_is_better else ratio <= measure.goal
-            rows.append({
-                "measure": measure.name, "unit": measure.unit, "floor": floor_figure, "worker": figure,
-                "ratio": ratio, "goal": measure.goal, "more_is_better": measure.more_is_better, "reached": good,
-            })  # fmt: skip
-        for name, pid in (("floor", floor_pid), ("worker", worker_pid)):
-            process = psutil.Process(pid)
-            seconds = sum(process.cpu_times()[:2])
-            print(
-                f"{name}: {process.memory_info().rss / MIB:.0f} MiB resident, {seconds:.1f} s of CPU in its top process"
-            )
+
+
+async def one(subject_: Subject, measure: Driven) -> tuple[float, float]:
+    """The figure, and CPU seconds of the top process per run."""
+    process = psutil.Process(subject_.process.pid)
+    before = sum(process.cpu_times()[:2])
+    outcome = await subject_.scheduler.drive(
+        measure.function, measure.payload, runs=measure.runs, window=measure.window
+    )
+    cpu = sum(process.cpu_times()[:2]) - before
+    return measure.read(outcome), cpu / outcome.runs
+
+
+async def compared(rounds: int, only: str) -> list[Row]:
+    """Everything that the floor can do too."""
+    rows: list[Row] = []
+    async with AsyncExitStack() as stack:
+        command = [sys.executable, str(HERE / "floor.py"), "{address}"]
+        floor = await stack.enter_async_context(subject(FLOOR, command, environment(), str(HERE)))
+        workers = {}
+        for name, settings in SUBJECTS.items():
+            command = [sys.executable, "-m", "gen_worker.entrypoint"]
+            started = subject(name, command, environment(**settings), str(HERE))
+            workers[name] = await stack.enter_async_context(started)
+            async with asyncio.timeout(30):
+                while workers[name].scheduler.resources.function_concurrency["once"] != int(
+                    settings.get("WORKER_EXECUTORS", "1")
+                ):
+                    await asyncio.sleep(0.05)
+        for each in (floor, *workers.values()):
+            await each.scheduler.drive("echo", SMALL, runs=1500, window=64)
+        for measure in (measure for measure in DRIVEN if only in measure.name):
+            taking = [floor, *(workers[name] for name in measure.goals)]
+            figures: dict[str, list[float]] = defaultdict(list)
+            cpu: dict[str, list[float]] = defaultdict(list)
+            for _ in range(rounds):
+                for each in taking:
+                    figure, seconds = await one(each, measure)
+                    figures[each.name].append(figure)
+                    cpu[each.name].append(seconds * 1e6)
+            for name, goal in measure.goals.items():
+                rows.append(_row(measure.name, name, measure.unit, figures, goal, better=measure.more_is_better))
+            if measure is DRIVEN[0]:
+                rows += [_row(CPU, name, "us", cpu, CPU_GOALS.get(name)) for name in measure.goals]
     return rows
 
 
-def show(rows: list[dict[str, object]]) -> None:
-    table = Table(title=f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    for column in ("measure", "floor", "worker", "ratio", "goal", ""):
-        table.add_column(column, justify="left" if column in ("measure", "") else "right")
+def _row(
+    measure: str, name: str, unit: str, figures: dict[str, list[float]], goal: float | None, *, better: bool = False
+) -> Row:
+    mine, base = figures[name], figures[FLOOR]
+    ratio = statistics.median(a / b for a, b in zip(mine, base, strict=True) if b)
+    return Row(measure, name, unit, statistics.median(mine), statistics.median(base), ratio, goal, better, mine)
+
+
+async def by_themselves(rounds: int, only: str, *, quick: bool) -> list[Row]:
+    """What has a bound of its own."""
+    rows: list[Row] = []
+
+    def add(measure: str, name: str, unit: str, rounds_: list[float], goal: float | None) -> None:
+        rows.append(Row(measure, name, unit, statistics.median(rounds_), goal=goal, rounds=rounds_))
+
+    for name in ("grpcio", "h2"):
+        settings = SUBJECTS[name]
+        for count, goal in ((1, 0.8), (8, 2.0)):
+            if only in "process start to registered":
+                env = environment(**settings, WORKER_EXECUTORS=str(count))
+                figures = [await first_registration(env, str(HERE), count) for _ in range(rounds)]
+                add(f"start to registered, {count} executor(s)", name, "s", [first for first, _ in figures], goal)
+                add(f"start to all ready, {count} executor(s)", name, "s", [last for _, last in figures], None)
+        if only in "executor killed to next run":
+            figures_ = [await executor_replaced(environment(**settings), str(HERE)) for _ in range(rounds)]
+            add("executor killed to next run served", name, "s", figures_, 0.5)
+        if only in "supervisor resident":
+            steps = await resident(environment(**settings), str(HERE), 5000 if quick else 100_000)
+            add("supervisor after all runs", name, "MiB", [steps[-1] / MIB], 60.0)
+            add("growth over the second half of them", name, "MiB", [(steps[-1] - steps[len(steps) // 2]) / MIB], 1.0)
+        if only in "event loop, worst stall":
+            with tempfile.TemporaryDirectory() as folder:
+                late, busy = await stalls(environment(**settings), str(HERE), Path(folder) / "stalls")
+            add("event loop, worst stall", name, "ms", [late * 1e3], 20.0)
+            add("event loop, longest CPU at a stretch", name, "ms", [busy * 1e3], 20.0)
+    return rows
+
+
+def show(rows: list[Row], about: dict[str, object]) -> None:
+    table = Table(title=f"{about['machine']}; load {about['load_before']} to {about['load_after']}")
+    for column in ("measure", "subject", "floor", "worker", "ratio", "goal", ""):
+        table.add_column(column, justify="left" if column in ("measure", "subject", "") else "right")
     for row in rows:
-        sign = ">=" if row["more_is_better"] else "<="
-        figures = (f"{row['floor']:,.0f} {row['unit']}", f"{row['worker']:,.0f} {row['unit']}", f"{row['ratio']:.2f}")
-        table.add_row(str(row["measure"]), *figures, f"{sign} {row['goal']}", "ok" if row["reached"] else "missed")
-    Console(width=110).print(table)
+        goal = "" if row.goal is None else f"{'>=' if row.more_is_better else '<='} {row.goal:g}"
+        digits = 0 if row.figure >= 100 else 2
+        floor = "" if row.floor is None else f"{row.floor:,.{digits}f}"
+        verdict = {True: "ok", False: "missed", None: ""}[row.reached]
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        table.add_row(row.measure, row.subject, floor, f"{row.figure:,.{digits}f} {row.unit}", ratio, goal, verdict)
+    Console(width=140).print(table)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="only measures whose name holds this")
+    parser.add_argument("--quick", action="store_true", help="fewer runs where there are very many")
     arguments = parser.parse_args()
-    rows = asyncio.run(compare(arguments.rounds, arguments.only))
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    about: dict[str, object] = {
+        "machine": machine,
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "rounds": arguments.rounds,
+        "peer": "benchmarks/load.py: a scheduler on h2 and uvloop, for the floor and the workers alike",
+        "load_before": f"{os.getloadavg()[0]:.1f}",
+    }
+    rows = uvloop.run(compared(arguments.rounds, arguments.only))
+    rows += uvloop.run(by_themselves(arguments.rounds, arguments.only, quick=arguments.quick))
+    about["load_after"] = f"{os.getloadavg()[0]:.1f}"
     OUT.mkdir(exist_ok=True)
-    (OUT / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
-    show(rows)
+    found = {**about, "rows": [{**asdict(row), "reached": row.reached} for row in rows]}
+    (OUT / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+    show(rows, about)
     return 0
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from floor import Count, Delta, Echo
 
-from gen_worker import ActionContext, worker_function
+from gen_worker import ActionContext, ResourceRequirements, worker_function
 
 
 @worker_function()
@@ -18,3 +18,9 @@ def echo(ctx: ActionContext, payload: Echo) -> Echo:
 def count(ctx: ActionContext, payload: Count) -> Iterator[Delta]:
     for index in range(payload.count):
         yield Delta(index, "x" * payload.size)
+
+
+@worker_function(resources=ResourceRequirements(max_concurrency=1))
+def once(ctx: ActionContext, payload: Echo) -> Echo:
+    """Its concurrency is the number of executors that serve."""
+    return payload

@@ -4,7 +4,7 @@ Owns: the process, the supervisor's end of its pipe, the two arenas and the pipe
 
 1. `spawn` execs `python -P -m executor` in a session of its own, from the main thread (a thread that exits would fire
    the child's parent-death signal).
-2. Frames go out in one write per turn of the event loop, and come in many per wake-up.
+2. Frames go out in two writes per turn of the event loop, the first one at once, and come in many per wake-up.
 3. The death is noticed by a pidfd at once. What the child had already written to its pipe is read first, so a
    result that was sent is never lost to the death that followed it; then `on_exit` is called, once.
 """
@@ -40,6 +40,8 @@ LAST_READS: Final = 64
 """How much is still read of a dead child's output, in reads of 64 KiB, and of its pipe, in reads of READ_BYTES: a
 process that it left behind may still write to both."""
 PIPE_BUFFER_BYTES: Final = 1024 * 1024
+JOINED_BYTES: Final = 64 * 1024
+"""So much is held back for a common write at most, so that a child that does not read is noticed in time."""
 CLOSED_PIPE_S: Final = 0.5
 """A child that exits closes its pipe a moment before; one that lives on without it this long is killed."""
 
@@ -86,6 +88,11 @@ class Child(asyncio.BufferedProtocol):
         self._buffer = memoryview(bytearray(READ_BYTES))
         self._early: list[bytes] = []
         """Frames for a pipe that is not connected yet."""
+        self._held: list[bytes] = []
+        """Frames of this turn of the loop but for the first, which went out at once: each write is a system call, and
+        wakes the child."""
+        self._held_bytes = 0
+        self._holds = False
         self._transport: asyncio.Transport | None = None
         self._reason = ""
         self._closed: asyncio.TimerHandle | None = None
@@ -176,8 +183,29 @@ class Child(asyncio.BufferedProtocol):
         frame = encode_frame(body)
         if self._transport is None:
             self._early.append(frame)
-        elif not self._transport.is_closing():
-            self._transport.write(frame)  # uvloop joins what is written within one turn of the loop
+        elif self._holds:
+            self._held.append(frame)
+            self._held_bytes += len(frame)
+            if self._held_bytes > JOINED_BYTES:
+                self._write_held()
+        else:
+            self._holds = True
+            self._loop.call_soon(self._end_turn)
+            self._write(frame)
+
+    def _end_turn(self) -> None:
+        self._holds = False
+        self._write_held()
+
+    def _write_held(self) -> None:
+        if self._held:
+            self._write(b"".join(self._held))
+            self._held.clear()
+            self._held_bytes = 0
+
+    def _write(self, frames: bytes) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frames)
 
     def kill(self, reason: str) -> None:
         """SIGKILL to the child and all that it started in its session. The first reason is kept."""

@@ -142,9 +142,6 @@ def _check(settings: Settings) -> None:
     if not settings.use_tls and (settings.scheduler_ca_file or certificate):
         name = "SCHEDULER_CA_FILE" if settings.scheduler_ca_file else "SCHEDULER_CLIENT_CERT_FILE"
         raise ConfigError(f"{name} is set but USE_TLS is false, so the stream would be in clear; expected USE_TLS=true")
-    if settings.grpc_transport != "grpcio":
-        transport = settings.grpc_transport
-        raise ConfigError(f"WORKER_GRPC_TRANSPORT is {transport!r}, which this version has not yet; expected 'grpcio'")
     if settings.fake_gpu_count:
         last = settings.fake_gpu_count - 1
         for gpu in settings.gpus:

@@ -17,8 +17,6 @@ from supervisor.transport import TlsFiles, Transport
 
 def open_transport(settings: Settings) -> Transport:
     """The transport that WORKER_GRPC_TRANSPORT names."""
-    from supervisor.transport.grpcio import GrpcioTransport  # noqa: PLC0415  (grpc is loaded only when it is chosen)
-
     tls = None
     if settings.use_tls:
         tls = TlsFiles(
@@ -26,6 +24,13 @@ def open_transport(settings: Settings) -> Transport:
             client_cert_file=_text(settings.scheduler_client_cert_file),
             client_key_file=_text(settings.scheduler_client_key_file),
         )
+    # Only the chosen one's libraries are loaded.
+    if settings.grpc_transport == "h2":
+        from supervisor.transport.h2.dial import H2Transport  # noqa: PLC0415
+
+        return H2Transport(tls)
+    from supervisor.transport.grpcio import GrpcioTransport  # noqa: PLC0415
+
     return GrpcioTransport(tls)
 
 

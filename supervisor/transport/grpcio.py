@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from grpc import aio
 
 from gen_worker.wire import METHOD, TRANSPORT_LIMIT_BYTES
 from supervisor.transport import StatusCode, StreamClosed, StreamStatus, TlsFiles
+from supervisor.transport.tls import ca_file, tls_context
 
 log = logging.getLogger(__name__)
 
@@ -241,18 +241,10 @@ async def _discard(channel: aio.Channel, call: aio.StreamStreamCall[bytes, bytes
 
 
 def _credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
-    """Raises StreamClosed when a file is missing or not what it should be; grpc itself would only fail to connect."""
-    ca_file = tls.ca_file or ssl.get_default_verify_paths().cafile
-    try:
-        context = ssl.create_default_context(cafile=ca_file)
-        if tls.client_cert_file is not None:
-            context.load_cert_chain(tls.client_cert_file, tls.client_key_file)
-    except (OSError, ssl.SSLError) as error:
-        files = ", ".join(name for name in (ca_file, tls.client_cert_file, tls.client_key_file) if name)
-        reason = f"the TLS files can't be used ({files}): {error}"
-        raise StreamClosed(StreamStatus(StatusCode.UNAVAILABLE, reason)) from None
+    """Raises StreamClosed when a file is missing or not what it should be."""
+    tls_context(tls)
     return grpc.ssl_channel_credentials(
-        root_certificates=_file(ca_file),
+        root_certificates=_file(ca_file(tls)),
         private_key=_file(tls.client_key_file),
         certificate_chain=_file(tls.client_cert_file),
     )

@@ -28,7 +28,7 @@ TIMED_OUT = ("timeout", False, "deadline exceeded")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def worker() -> AsyncIterator[Chain]:
+async def worker(worker_transport: str) -> AsyncIterator[Chain]:
     """For the tests that cost no executor."""
     async with chain(env={"WORKER_CANCEL_GRACE_SECONDS": str(LONG_GRACE_S)}) as found:
         yield found

@@ -21,13 +21,13 @@ MAX_THREADS = 100
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def one() -> AsyncIterator[Chain]:
+async def one(worker_transport: str) -> AsyncIterator[Chain]:
     async with chain(executors=1) as found:
         yield found
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def two() -> AsyncIterator[Chain]:
+async def two(worker_transport: str) -> AsyncIterator[Chain]:
     """Two executors with two threads each."""
     async with chain(executors=2, env={"WORKER_EXECUTOR_THREADS": "2"}) as found:
         yield found

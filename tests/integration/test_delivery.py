@@ -92,6 +92,7 @@ async def test_200_runs_across_a_cut_and_three_seconds_without_a_scheduler(tmp_p
         assert [handle for handle in [*waiting, *behind, *across] if not handle.results[0].message.success] == []
 
 
+@pytest.mark.both_transports
 async def test_results_that_a_stream_swallowed_come_again(tmp_path: Path) -> None:
     async with chain(**TENANT) as c:
         (await c.run("echo")).results.clear()
@@ -138,6 +139,7 @@ def another(orchestrator: MockOrchestrator, than: WorkerConnection) -> WorkerCon
     return next((connection for connection in orchestrator.workers.values() if connection is not than), None)
 
 
+@pytest.mark.both_transports
 async def test_a_run_is_answered_on_the_stream_after_the_one_that_brought_it(tmp_path: Path) -> None:
     async with chain(**TENANT) as c:
         for end in (WorkerConnection.half_close, WorkerConnection.drop, WorkerConnection.close) * 2:
@@ -151,6 +153,7 @@ async def test_a_run_is_answered_on_the_stream_after_the_one_that_brought_it(tmp
             (tmp_path / "go").unlink()
 
 
+@pytest.mark.both_transports
 async def test_garbage_does_not_end_a_stream() -> None:
     async with chain(**TENANT, on_connect=send_garbage(), model_config=None) as c:
         first = c.connection

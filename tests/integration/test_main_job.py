@@ -22,13 +22,13 @@ MIB = 2**20
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def worker() -> AsyncIterator[Chain]:
+async def worker(worker_transport: str) -> AsyncIterator[Chain]:
     async with chain() as found:
         yield found
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def limited() -> AsyncIterator[Chain]:
+async def limited(worker_transport: str) -> AsyncIterator[Chain]:
     limits = {
         "WORKER_MAX_INPUT_BYTES": "1 MiB",
         "WORKER_MAX_OUTPUT_BYTES": "64 KiB",

@@ -39,7 +39,7 @@ def artifacts(root: Path, **models: dict[str, str]) -> str:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def worker(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Chain]:
+async def worker(worker_transport: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Chain]:
     """One executor and some models, none of which its tests unload."""
     root = tmp_path_factory.mktemp("models")
     models = artifacts(

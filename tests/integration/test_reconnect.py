@@ -62,6 +62,7 @@ async def test_runs_go_on_without_a_scheduler_and_are_answered_on_the_next_strea
         assert worker.orchestrator.stream_count == 2
 
 
+@pytest.mark.both_transports
 async def test_an_outage_in_the_midst_of_streams_keeps_their_order() -> None:
     async with chain() as worker:
         streams = [await begin(worker.orchestrator, name, {"seconds": 1.5}) for name in ("ticks", "aticks")]
@@ -160,6 +161,7 @@ async def test_a_redirect_to_the_leader_is_followed() -> None:
         assert not follower.workers
 
 
+@pytest.mark.both_transports
 async def test_a_leader_that_steps_down_takes_no_run_with_it() -> None:
     async with MockOrchestrator() as new, chain() as worker:
         old = worker.orchestrator
@@ -239,6 +241,7 @@ async def test_a_refused_token_is_said_in_one_line_and_tried_again(tmp_path: Pat
         await orchestrator.wait_for_worker()
 
 
+@pytest.mark.both_transports
 async def test_tls_with_certificates_of_both_sides(tmp_path: Path) -> None:
     authority = trustme.CA()
     server, client = authority.issue_cert("127.0.0.1"), authority.issue_cert("worker@example.org")

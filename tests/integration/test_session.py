@@ -1,4 +1,4 @@
-"""The session against real gRPC servers; only the clock is a fake."""
+"""The session over each transport, against real gRPC servers; only the clock is a fake."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 import pytest
@@ -16,9 +16,9 @@ from supervisor.auth import KeysUnreachable, TokenRefused
 from supervisor.backoff import QUICK_S, STABLE_S, ReconnectSettings
 from supervisor.session import ANNOUNCE_GAP_S, HOLD_BACK_S, GaveUp, Session, SessionSettings
 from supervisor.transport import StatusCode, StreamStatus
-from supervisor.transport.grpcio import GrpcioTransport
 from tests.support.fake_clock import FakeClock
 from tests.support.stream_server import Dial, StreamServer, eventually, serving, settled
+from tests.support.transports import TransportFactory
 
 REGISTRATION = b"registration"
 HEARTBEAT = b"heartbeat"
@@ -105,7 +105,9 @@ class FixedAuth:
 
 
 class Bench:
-    """A session and what it talks to; `starting` runs it."""
+    """A session and what it talks to; `started` runs it."""
+
+    make_transport: ClassVar[TransportFactory]
 
     def __init__(self, *addresses: str, **reconnect: Any) -> None:
         self.clock = FakeClock()
@@ -114,7 +116,7 @@ class Bench:
         self.auth = FixedAuth()
         self.session = Session(
             settings=SessionSettings(addresses=addresses, reconnect=ReconnectSettings(**{"jitter_s": 0.0} | reconnect)),
-            transport=GrpcioTransport(),
+            transport=self.make_transport(),
             auth=self.auth,
             outgoing=self.box,
             incoming=self.inbox,
@@ -148,6 +150,11 @@ class Bench:
     async def beat(self) -> None:
         """Wait until the scheduler has answered and nothing but the next heartbeat is waited for."""
         await eventually(lambda: len(self.clock.waits) == 1 and self.session.connected)
+
+
+@pytest.fixture(autouse=True)
+def each_transport(make_transport: TransportFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bench, "make_transport", staticmethod(make_transport), raising=False)
 
 
 def _ours(task: asyncio.Task[Any]) -> bool:

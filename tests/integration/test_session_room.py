@@ -5,11 +5,18 @@ from __future__ import annotations
 import asyncio
 
 import grpc
+import pytest
 
 from tests.integration.test_session import HEARTBEAT, REGISTRATION, Bench, hold
 from tests.support.stream_server import Dial, eventually, serving, settled
+from tests.support.transports import TransportFactory
 
 KIB = 1024
+
+
+@pytest.fixture(autouse=True)
+def each_transport(make_transport: TransportFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bench, "make_transport", staticmethod(make_transport), raising=False)
 
 
 async def flood(dial: Dial) -> None:

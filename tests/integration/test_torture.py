@@ -20,6 +20,12 @@ SOAK_SEEDS = (101, 102)
 SOAK_S = 180.0
 
 
+@pytest.fixture(autouse=True)
+def each_transport(worker_transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tortured worker inherits the environment."""
+    monkeypatch.setenv("WORKER_GRPC_TRANSPORT", worker_transport)
+
+
 async def _tortured(seed: int, seconds: float, log_file: Path) -> Report:
     report = await torture(Options(seed=seed, seconds=seconds, log_file=log_file), print)
     print(render(report))

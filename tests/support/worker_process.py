@@ -30,6 +30,10 @@ _INHERITED: Final = ("PATH", "HOME", "PYTHONPATH", "LANG")
 _LINE_BYTES: Final = 1024 * 1024
 _POLL_S: Final = 0.005
 
+DEFAULT_TRANSPORT: Final = "grpcio"
+transport = DEFAULT_TRANSPORT
+"""WORKER_GRPC_TRANSPORT of the workers that are started from now on; tests/integration/conftest.py sets it."""
+
 
 class WorkerProcess:
     """Started by `async with`; what is left of it at the end is killed."""
@@ -59,6 +63,7 @@ class WorkerProcess:
             "RECONNECT_MAX_DELAY": "0.5",
             "RECONNECT_JITTER_SECONDS": "0.05",
             "WORKER_LOG_LEVEL": "debug",
+            "WORKER_GRPC_TRANSPORT": transport,
             **(env or {}),
         }
         # The one variable to which empty means something: off.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -12,19 +12,13 @@ import pytest
 import trustme
 
 from gen_worker.wire import METHOD
+from supervisor.dial_hints import hint
 from supervisor.transport import StatusCode, Stream, StreamClosed, TlsFiles, Transport
-from supervisor.transport.grpcio import INBOX_BYTES, INBOX_MESSAGES, GrpcioTransport
+from supervisor.transport.grpcio import INBOX_BYTES, INBOX_MESSAGES
 from tests.support.stream_server import Dial, eventually, serving, settled
+from tests.support.transports import TransportFactory
 
 MIB = 1024 * 1024
-
-TransportFactory = Callable[..., Transport]
-TRANSPORTS: dict[str, TransportFactory] = {"grpcio": GrpcioTransport}
-
-
-@pytest.fixture(params=sorted(TRANSPORTS))
-def make_transport(request: pytest.FixtureRequest) -> TransportFactory:
-    return TRANSPORTS[request.param]
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +37,11 @@ async def opened(
         yield stream
     finally:
         await stream.close()
+
+
+async def dialed_and_answered(transport: Transport, target: str) -> None:
+    async with opened(transport, target) as stream:
+        await stream.established()
 
 
 async def receive_all(stream: Stream) -> tuple[list[list[bytes]], StreamClosed]:
@@ -487,10 +486,11 @@ class Pki:
         client.cert_chain_pems[0].write_to_path(self.cert_file)
         client.private_key_pem.write_to_path(self.key_file)
 
-    def credentials(self, *, mutual: bool) -> grpc.ServerCredentials:
-        chain = b"".join(pem.bytes() for pem in self.server.cert_chain_pems)
+    def credentials(self, *, mutual: bool, host: str = "") -> grpc.ServerCredentials:
+        certificate = self.ca.issue_cert(host) if host else self.server
+        chain = b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
         return grpc.ssl_server_credentials(
-            [(self.server.private_key_pem.bytes(), chain)],
+            [(certificate.private_key_pem.bytes(), chain)],
             root_certificates=self.ca.cert_pem.bytes() if mutual else None,
             require_client_auth=mutual,
         )
@@ -561,3 +561,20 @@ async def test_a_missing_tls_file_is_named(make_transport: TransportFactory, tmp
         await make_transport(TlsFiles(ca_file=str(missing))).open("127.0.0.1:1", ())
     assert caught.value.status.code is StatusCode.UNAVAILABLE
     assert str(missing) in caught.value.status.details
+
+
+@pytest.mark.parametrize("trouble", ["other name", "other ca", "no client certificate", "plain server", "plain dial"])
+async def test_tls_that_fails_comes_with_a_hint(
+    make_transport: TransportFactory, pki: Pki, tmp_path: Path, trouble: str
+) -> None:
+    other = tmp_path / "other.pem"
+    trustme.CA().cert_pem.write_to_path(str(other))
+    credentials = pki.credentials(
+        mutual=trouble == "no client certificate", host="127.0.0.2" if trouble == "other name" else ""
+    )
+    files = TlsFiles(ca_file=str(other) if trouble == "other ca" else pki.ca_file)
+    async with serving(hold, None if trouble == "plain server" else credentials) as server:
+        with pytest.raises(StreamClosed) as caught:
+            await dialed_and_answered(make_transport(None if trouble == "plain dial" else files), server.address)
+    assert hint(caught.value.status.details), caught.value.status.details
+    assert ("host in SCHEDULER_ADDR" in hint(caught.value.status.details)) is (trouble == "other name")

@@ -1,0 +1,465 @@
+"""One gRPC call on a connection of its own, as the session's stream.
+
+Owns: the connection, the call on it, and what is known of its end.
+
+1. `connection_made` sends the preface, the settings and the call's headers in one write. The connection stands when
+   the peer's SETTINGS are here (`ready`), so a peer that accepts and speaks no HTTP/2 is found out.
+2. All that one wake-up brings is handled before anyone is woken: messages go to the inbox, answers to pings and
+   settings go out in one write. Received data is acknowledged when the session took it, so a session that does not
+   receive makes the scheduler wait, with WINDOW_BYTES on the way at most.
+3. `send` packs a batch into as few DATA frames as the windows and the peer's frame size let it, and waits where they
+   or the socket are full. A message counts as accepted when flow control let its last byte go to the socket.
+4. The first thing that ends the call decides its status: trailers, a reset, a lost connection, our own `close`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any, Final, cast
+
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.events import (
+    DataReceived,
+    Event,
+    RemoteSettingsChanged,
+    ResponseReceived,
+    StreamEnded,
+    StreamReset,
+    TrailersReceived,
+)
+from h2.exceptions import H2Error
+from h2.settings import SettingCodes, Settings
+
+from gen_worker.wire import TRANSPORT_LIMIT_BYTES
+from supervisor.transport import StatusCode, StreamClosed, StreamStatus
+from supervisor.transport.h2.frames import GOAWAY, BadFrame, FrameCutter, Goaway, type_of
+from supervisor.transport.h2.inbox import PREFIX_BYTES, Inbox, prefix
+from supervisor.transport.h2.keepalive import KEEPALIVE_S, KEEPALIVE_TIMEOUT_S, Keepalive
+from supervisor.transport.h2.statuses import (
+    headers_of,
+    name_of,
+    status_of_answer,
+    status_of_reset,
+    status_of_trailers,
+)
+
+log = logging.getLogger(__name__)
+# At debug it logs every header as it encodes it, the token's among them, in plain and in Huffman's code.
+logging.getLogger("hpack").setLevel(logging.WARNING)
+
+MESSAGE_BYTES: Final = TRANSPORT_LIMIT_BYTES + 1024 * 1024
+"""The slack is for what surrounds a payload of the full size."""
+WINDOW_BYTES: Final = 4 * 1024 * 1024
+"""What the scheduler may send ahead of what the session took: fills 80 MB/s over 50 ms."""
+FRAME_BYTES: Final = 256 * 1024
+"""The largest frame that is taken: large payloads come in few frames, and none holds up the loop for long."""
+
+_STREAM: Final = 1
+_DEFAULT_WINDOW: Final = 65_535
+_WRITE_BYTES: Final = 512 * 1024
+"""So much may wait for the socket before `send` waits."""
+_UNREAD_BYTES: Final = 4 * 1024 * 1024
+"""So many answers to pings and settings, unread by the peer that asks for them, end the connection."""
+_JOIN_BYTES: Final = 64 * 1024
+"""Messages up to this size are copied together; a larger one is sent from where it is."""
+_TRAILERS_S: Final = 0.05
+"""Within this time after the answer's headers a message or the end comes, or those were headers only."""
+_LINGER_S: Final = 0.25
+"""What the peer's end of a connection may take to close."""
+_CLOSED: Final = StreamStatus(StatusCode.CANCELLED, "closed by this worker")
+
+
+class H2Stream(asyncio.Protocol):
+    """See the module. Made by H2Transport, which connects it. `headers` are the call's, pseudo-headers first."""
+
+    def __init__(
+        self,
+        target: str,
+        headers: Sequence[tuple[str, str]],
+        *,
+        keepalive_s: float = KEEPALIVE_S,
+        keepalive_timeout_s: float = KEEPALIVE_TIMEOUT_S,
+    ) -> None:
+        self._target = target
+        self._headers = headers
+        self._keepalive_settings = (keepalive_s, keepalive_timeout_s)
+        self._http = _connection()
+        self._frames = FrameCutter(FRAME_BYTES)
+        self._inbox = Inbox(MESSAGE_BYTES)
+        self._transport: asyncio.Transport | None = None
+        self._keepalive: Keepalive | None = None
+        self._unacknowledged = 0
+        """Received bytes that the scheduler's windows don't have back."""
+        self._sent = 0
+        """Bytes of messages, with prefixes, that went out."""
+        self._sending = False
+        self._writable = True
+        self._spoke = False
+        """The peer's SETTINGS are here, so it speaks HTTP/2."""
+        self._answered = False
+        """Headers of the scheduler are here."""
+        self._got_message = False
+        self._closing = False
+        self._broken = False
+        """Nothing more is read from the connection."""
+        self._farewell = ""
+        """What the peer said when it announced that it leaves."""
+        self._status: StreamStatus | None = None
+        self._news = asyncio.Event()
+        """Set when something of the above has changed that a task may wait for."""
+        self._room = asyncio.Event()
+        """Set when `send` may go on, or has to end."""
+        self._gone = asyncio.Event()
+        """The connection is closed."""
+        self._on_event: dict[type[Event], Callable[[Any], None]] = {
+            DataReceived: self._on_data,
+            ResponseReceived: self._on_answer,
+            TrailersReceived: self._on_trailers,
+            StreamEnded: self._on_stream_ended,
+            StreamReset: self._on_reset,
+            RemoteSettingsChanged: self._on_settings,
+        }
+
+    # -- the session (Stream) -----------------------------------------------------------------
+
+    async def ready(self) -> None:
+        """Wait until the peer has spoken HTTP/2. Raises StreamClosed when the call has ended by then."""
+        await self._until(lambda: self._spoke)
+        if self._status is not None and not self._got_message:
+            raise StreamClosed(self._status)
+
+    async def established(self) -> None:
+        await self._until(lambda: self._answered)
+        # A refusal may have headers of its own, just before the status.
+        try:
+            async with asyncio.timeout(_TRAILERS_S):
+                await self._until(lambda: self._got_message)
+        except TimeoutError:
+            log.debug("headers came, and nothing else yet")
+        if self._status is not None and not self._got_message:
+            raise StreamClosed(self._status)
+
+    async def send(self, messages: Sequence[bytes]) -> None:
+        ends = list(accumulate(PREFIX_BYTES + len(message) for message in messages))
+        before = self._sent
+        if self._closing:
+            await self._until(lambda: False)
+        if self._status is not None:
+            raise StreamClosed(self._status)
+        self._sending = True
+        try:
+            for piece in _packed(messages):
+                await self._write(piece)
+            # One turn for the others: what they have by then goes out together with the next batch.
+            await asyncio.sleep(0)
+        except StreamClosed as closed:
+            raise StreamClosed(closed.status, bisect_right(ends, self._sent - before)) from None
+        except asyncio.CancelledError:
+            self._cancel(_CLOSED)  # whether the message at hand is out is not known: nothing may follow it
+            raise
+        finally:
+            self._sending = False
+            self._news.set()
+
+    async def receive(self) -> Sequence[bytes]:
+        await self._until(lambda: self._inbox.messages)
+        messages = self._inbox.take()
+        self._look_at_inbox()
+        if not messages:
+            raise StreamClosed(self._last_status())
+        self._acknowledge()
+        self._flush()
+        return messages
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        try:
+            if grace_s > 0 and not self._closing and self._status is None:
+                self._closing = True
+                await self._half_close(grace_s)
+        finally:
+            self._closing = True
+            self._cancel(_CLOSED)
+            await self._disconnect()
+
+    async def _until(self, holds: Callable[[], object]) -> None:
+        """Wait until `holds`, or the call has ended."""
+        while not holds() and self._status is None:
+            self._news.clear()
+            await self._news.wait()
+
+    # -- sending ------------------------------------------------------------------------------
+
+    async def _write(self, piece: memoryview) -> None:
+        """Send all of it, in frames as large as they may be. Raises StreamClosed."""
+        http, position, size = self._http, 0, len(piece)
+        while position < size:
+            if self._status is not None:
+                raise StreamClosed(self._status)
+            room = min(http.local_flow_control_window(_STREAM), http.max_outbound_frame_size)
+            if room <= 0 or not self._writable:
+                self._room.clear()
+                await self._room.wait()
+                continue
+            position += self._fill(piece[position : position + _WRITE_BYTES])
+            self._flush()
+
+    def _fill(self, piece: memoryview) -> int:
+        """Frame what the windows let go of it. Returns how many bytes that is."""
+        http, position = self._http, 0
+        while position < len(piece):
+            room = min(http.local_flow_control_window(_STREAM), http.max_outbound_frame_size)
+            if room <= 0:
+                break
+            part = piece[position : position + room]
+            http.send_data(_STREAM, part)
+            position += len(part)
+        self._sent += position
+        return position
+
+    def _flush(self) -> None:
+        """Give the socket what is framed."""
+        data = self._http.data_to_send()
+        if data and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    # -- the connection (asyncio.Protocol) ----------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=_WRITE_BYTES)
+        tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+        if tls is not None and tls.selected_alpn_protocol() != "h2":
+            self._break(f"{self._target} speaks TLS, but no HTTP/2 over it (ALPN {tls.selected_alpn_protocol()!r})")
+            return
+        self._keepalive = Keepalive(self._ping, self._on_dead, *self._keepalive_settings)
+        self._http.initiate_connection()
+        self._http.increment_flow_control_window(WINDOW_BYTES - _DEFAULT_WINDOW)
+        self._http.send_headers(_STREAM, self._headers)
+        self._flush()
+
+    def data_received(self, data: bytes) -> None:
+        if self._broken:
+            return
+        if self._keepalive is not None:
+            self._keepalive.heard()
+        try:
+            self._take(data)
+        except (H2Error, BadFrame) as error:
+            if self._spoke:
+                self._break(f"{self._target} broke HTTP/2: {error}", StatusCode.INTERNAL)
+            else:
+                self._break(f"{self._target} speaks no HTTP/2: {error}")
+            return
+        self._look_at_inbox()
+        self._acknowledge()
+        self._flush()
+        if not self._writable and self._transport is not None:
+            unread = self._transport.get_write_buffer_size()
+            if unread > _UNREAD_BYTES:
+                self._break(f"{self._target} reads nothing, and {unread} bytes of answers to it wait")
+
+    def _take(self, data: bytes) -> None:
+        for frame in self._frames.cut(data):
+            if type_of(frame) == GOAWAY:
+                self._on_goaway(Goaway.parse(frame))
+                continue
+            for event in self._http.receive_data(frame):
+                handler = self._on_event.get(type(event))
+                if handler is not None:
+                    handler(event)
+        # Windows may have opened too.
+        self._room.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._broken = True
+        if self._keepalive is not None:
+            self._keepalive.stop()
+        if self._farewell:
+            reason = f"{self._target} left: {self._farewell}"
+        elif exc is not None:
+            reason = f"the connection to {self._target} broke: {exc}"
+        else:
+            reason = f"{self._target} closed the connection"
+        self._end(StreamStatus(StatusCode.UNAVAILABLE, reason))
+        self._gone.set()
+
+    def pause_writing(self) -> None:
+        self._writable = False
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        self._room.set()
+
+    # -- what the scheduler says --------------------------------------------------------------
+
+    def _on_settings(self, _event: RemoteSettingsChanged) -> None:
+        self._spoke = True
+        self._news.set()
+
+    def _on_data(self, event: DataReceived) -> None:
+        self._unacknowledged += event.flow_controlled_length or 0
+        if self._status is None and event.data:
+            self._inbox.feed(bytes(event.data))
+
+    def _on_answer(self, event: ResponseReceived) -> None:
+        headers = headers_of(event.headers)
+        status = status_of_trailers(headers) or status_of_answer(headers, self._target)
+        if status is not None:
+            self._cancel(status)
+        else:
+            self._answered = True
+            self._news.set()
+
+    def _on_trailers(self, event: TrailersReceived) -> None:
+        status = status_of_trailers(headers_of(event.headers))
+        if status is not None:
+            self._end(status)
+
+    def _on_stream_ended(self, _event: StreamEnded) -> None:
+        self._end(StreamStatus(StatusCode.UNKNOWN, f"{self._target} ended the stream without a status"))
+
+    def _on_reset(self, event: StreamReset) -> None:
+        if event.remote_reset:
+            self._end(status_of_reset(event.error_code or 0, self._target))
+        else:
+            self._end(StreamStatus(StatusCode.INTERNAL, f"{self._target} broke HTTP/2, and the stream was reset"))
+
+    def _on_goaway(self, goaway: Goaway) -> None:
+        """It leaves: the call goes on until it ends or the connection is closed, unless the peer did not take it."""
+        said = f" ({goaway.words})" if goaway.words else ""
+        self._farewell = f"GOAWAY {name_of(goaway.code)}{said}"
+        log.info("%s announces that it leaves: %s", self._target, self._farewell)
+        if goaway.last_stream < _STREAM:
+            self._end(StreamStatus(StatusCode.UNAVAILABLE, f"{self._target} left: {self._farewell}"))
+
+    def _look_at_inbox(self) -> None:
+        """After it was fed or emptied: wake who receives; end the call when what came is no message."""
+        if self._inbox.messages:
+            self._got_message = True
+            self._news.set()
+        if self._inbox.error is not None:
+            self._cancel(self._inbox.error)
+
+    def _acknowledge(self) -> None:
+        """Give back to the windows what does not wait for the session."""
+        done = self._unacknowledged - self._inbox.held
+        if done > 0 and not self._broken:
+            self._unacknowledged -= done
+            self._http.acknowledge_received_data(done, _STREAM)
+
+    # -- keepalive ----------------------------------------------------------------------------
+
+    def _ping(self) -> None:
+        if not self._broken:
+            self._http.ping(b"alive?\0\0")
+            self._flush()
+
+    def _on_dead(self) -> None:
+        self._break(f"{self._target} did not answer a ping within {self._keepalive_settings[1]:g} s")
+
+    # -- the end ------------------------------------------------------------------------------
+
+    def _end(self, status: StreamStatus) -> None:
+        """The call has ended. The first status counts."""
+        if self._status is None:
+            self._status = status
+        self._news.set()
+        self._room.set()
+
+    def _cancel(self, status: StreamStatus) -> None:
+        """End the call from this side, and tell the peer."""
+        if self._status is None and not self._broken and self._transport is not None:
+            try:
+                self._http.reset_stream(_STREAM, ErrorCodes.CANCEL)
+            except H2Error as error:
+                log.debug("the stream could not be reset, it has ended: %s", error)
+            self._flush()
+        self._end(status)
+
+    def _break(self, reason: str, code: StatusCode = StatusCode.UNAVAILABLE) -> None:
+        """The connection is of no more use."""
+        self._broken = True
+        self._end(StreamStatus(code, reason))
+        self._flush()  # after an error h2 has a GOAWAY ready that names it
+        if self._transport is not None:
+            self._transport.close()
+
+    def _last_status(self) -> StreamStatus:
+        """The status to end with when all that came is received."""
+        status = self._inbox.error or self._status or _CLOSED
+        if status.code is StatusCode.OK and self._inbox.is_amid_message:
+            return StreamStatus(StatusCode.INTERNAL, f"{self._target} ended the stream amid a message")
+        return status
+
+    async def _half_close(self, grace_s: float) -> None:
+        """Say that nothing follows, and give the scheduler the time to end the stream its way."""
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._until(lambda: not self._sending)
+                if self._status is None:
+                    self._http.end_stream(_STREAM)
+                    self._flush()
+                await self._until(lambda: False)
+        except TimeoutError:
+            log.debug("no status from the scheduler within %g s after the half-close", grace_s)
+
+    async def _disconnect(self) -> None:
+        """Close the connection, and wait until it is closed."""
+        transport = self._transport
+        if transport is None:
+            return
+        if not self._broken:
+            self._broken = True
+            self._http.close_connection()
+            self._flush()
+        if self._writable:
+            transport.close()  # what was written goes out first
+        else:
+            transport.abort()
+        try:
+            async with asyncio.timeout(_LINGER_S):
+                await self._gone.wait()
+        except TimeoutError:
+            log.debug("%s does not let the connection close; it is cut", self._target)
+            transport.abort()
+            await self._gone.wait()
+
+
+def _connection() -> H2Connection:
+    """The state of HTTP/2, with this side's settings."""
+    http = H2Connection(H2Configuration(client_side=True, header_encoding=None))
+    http.local_settings = Settings(
+        client=True,
+        initial_values={
+            SettingCodes.ENABLE_PUSH: 0,
+            SettingCodes.INITIAL_WINDOW_SIZE: WINDOW_BYTES,
+            SettingCodes.MAX_FRAME_SIZE: FRAME_BYTES,
+            SettingCodes.MAX_HEADER_LIST_SIZE: H2Connection.DEFAULT_MAX_HEADER_LIST_SIZE,
+        },
+    )
+    http.max_inbound_frame_size = FRAME_BYTES
+    return http
+
+
+def _packed(messages: Sequence[bytes]) -> Iterator[memoryview]:
+    """The messages with their prefixes, small ones joined. Raises StreamClosed before one that is too large."""
+    small: list[bytes] = []
+    for message in messages:
+        if len(message) > MESSAGE_BYTES:
+            yield memoryview(b"".join(small))
+            reason = f"a message of {len(message)} bytes can't be sent; {MESSAGE_BYTES} are the most"
+            raise StreamClosed(StreamStatus(StatusCode.RESOURCE_EXHAUSTED, reason))
+        small += (prefix(message), message)
+        if len(message) > _JOIN_BYTES:
+            large = small.pop()
+            yield memoryview(b"".join(small))
+            yield memoryview(large)
+            small.clear()
+    yield memoryview(b"".join(small))
