@@ -50,6 +50,8 @@ class ExitCause:
 
     returncode: int
     reason: str
+    out_of_memory: bool = False
+    """Whether it was the kernel's OOM killer (oom.py)."""
 
     def __str__(self) -> str:
         if self.returncode < 0:

@@ -5,7 +5,9 @@ Owns: nothing; the one place that knows which variable goes where.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from supervisor.auth import AuthSettings
 from supervisor.backoff import ReconnectSettings
@@ -13,6 +15,9 @@ from supervisor.dispatcher import Limits
 from supervisor.session import SessionSettings
 from supervisor.settings import Settings
 from supervisor.transport import TlsFiles, Transport
+
+if TYPE_CHECKING:
+    from supervisor.monitoring import Monitoring
 
 
 def open_transport(settings: Settings) -> Transport:
@@ -27,6 +32,15 @@ def open_transport(settings: Settings) -> Transport:
             client_key_file=_text(settings.scheduler_client_key_file),
         )
     return GrpcioTransport(tls)
+
+
+def open_monitoring(settings: Settings, redact: Callable[[str], str]) -> Monitoring | None:
+    """None when WORKER_HTTP_ADDR is empty: then nothing is counted either."""
+    if not settings.http_addr:
+        return None
+    from supervisor.monitoring import Monitoring  # noqa: PLC0415  (its libraries take memory)
+
+    return Monitoring(settings, redact)
 
 
 def auth_settings(settings: Settings) -> AuthSettings:
