@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from supervisor.status import Status
 
 TIMEOUT_S = 5.0
@@ -40,14 +42,15 @@ def top(
     except NoAnswer as error:
         typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from None
-    if once:
-        from rich.console import Console
+    from rich.console import Console
 
-        from gen_worker.cli.top_view import view
+    from gen_worker.cli.top_view import view
 
-        Console().print(view(status))
-        return
-    _watch(where, status, interval)
+    console = Console()
+    if once or not console.is_terminal:
+        console.print(view(status))
+    else:
+        watch(where, status, interval, console)
 
 
 def fetch(address: str) -> bytes:
@@ -104,13 +107,14 @@ def _address(given: str | None) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _watch(address: str, status: Status, interval: float) -> None:
+def watch(address: str, status: Status, interval: float, console: Console) -> None:
+    """Draw it anew each `interval` seconds until Ctrl-C. While nothing answers, the last view stays and says so."""
     from rich.live import Live
 
     from gen_worker.cli.top_view import view
 
     problem = ""
-    with Live(view(status), screen=True, auto_refresh=False) as live:
+    with Live(view(status), console=console, screen=True, auto_refresh=False) as live:
         try:
             while True:
                 time.sleep(interval)

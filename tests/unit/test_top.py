@@ -18,6 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from gen_worker.cli import app
+from gen_worker.cli.top import watch
 from gen_worker.cli.top_view import view
 from supervisor.status import Status
 
@@ -173,7 +174,8 @@ def test_it_looks_again_until_it_is_interrupted(address: str, monkeypatch: pytes
             raise KeyboardInterrupt
 
     monkeypatch.setattr("gen_worker.cli.top.time.sleep", look)
-    result = CliRunner().invoke(app, ["top", "--interval", "0.5", "--address", address])
-    assert result.exit_code == 0
+    terminal = io.StringIO()
+    watch(address, msgspec.convert(STATUS, Status), 0.5, Console(file=terminal, force_terminal=True, width=160))
     assert looks == [0.5] * 4
-    assert "not up to date" in result.output
+    assert "sched:8080" in terminal.getvalue()
+    assert "not up to date" in terminal.getvalue()
