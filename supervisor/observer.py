@@ -61,3 +61,51 @@ class Observer:
 
     def stream_ended(self, end: StreamEnd) -> None:
         """A stream ended, or a dial that made none."""
+
+
+class Observers(Observer):
+    """Several, told one after the other."""
+
+    def __init__(self, *observers: Observer | None) -> None:
+        """None: one that there is not."""
+        self._all = tuple(observer for observer in observers if observer is not None)
+
+    def run_refused(self, function: str, failure: Failure) -> None:
+        for observer in self._all:
+            observer.run_refused(function, failure)
+
+    def run_started(self, run: Run) -> None:
+        for observer in self._all:
+            observer.run_started(run)
+
+    def run_ended(self, run: Run, failure: Failure | None, now: float) -> None:
+        for observer in self._all:
+            observer.run_ended(run, failure, now)
+
+    def delta(self, run: Run, size: int) -> None:
+        for observer in self._all:
+            observer.delta(run, size)
+
+    def executor_started(self, handle: ExecutorHandle) -> None:
+        for observer in self._all:
+            observer.executor_started(handle)
+
+    def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None:
+        for observer in self._all:
+            observer.executor_died(handle, cause)
+
+    def load_ended(self, model_id: str, seconds: float, failure: Failure | None) -> None:
+        for observer in self._all:
+            observer.load_ended(model_id, seconds, failure)
+
+    def model_evicted(self, model_id: str, reason: EvictionReason) -> None:
+        for observer in self._all:
+            observer.model_evicted(model_id, reason)
+
+    def download_ended(self, model_id: str, size: int, seconds: float, failure: Failure | None) -> None:
+        for observer in self._all:
+            observer.download_ended(model_id, size, seconds, failure)
+
+    def stream_ended(self, end: StreamEnd) -> None:
+        for observer in self._all:
+            observer.stream_ended(end)

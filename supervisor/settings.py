@@ -319,6 +319,15 @@ class Settings:
         "health, readiness, metrics, status; empty: off; a taken port is a warning, not a stop",
         empty_means_off=True,
     )
+    otel_exporter_otlp_endpoint: str = _var(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        parse.http_url,
+        "",
+        "collector for traces of runs, e.g. `http://collector:4318`; needs the extra `otel`",
+    )
+    otel_exporter_otlp_headers: str = _var(
+        "OTEL_EXPORTER_OTLP_HEADERS", parse.headers, "", "headers for it, `name=value,...`", secret=True
+    )
     log_format: str = _var("WORKER_LOG_FORMAT", parse.choice("text", "json"), "text", "`json`: one object a line")
     log_level: str = _var(
         "WORKER_LOG_LEVEL",

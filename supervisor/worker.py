@@ -21,6 +21,7 @@ from supervisor.executor_place import ExecutorPlace
 from supervisor.exit_codes import ExitCode
 from supervisor.family import FAMILY
 from supervisor.inbound import Inbound
+from supervisor.observer import Observers
 from supervisor.oom import OomWatch, find_counter
 from supervisor.outbox import DELIVERED_S
 from supervisor.pool import Pool
@@ -29,7 +30,7 @@ from supervisor.residency import Residency
 from supervisor.result_store import ResultStore
 from supervisor.session import GaveUp, Session
 from supervisor.transport import StatusCode
-from supervisor.wiring import auth_settings, limits, open_monitoring, open_transport, session_settings
+from supervisor.wiring import auth_settings, limits, open_monitoring, open_tracing, open_transport, session_settings
 
 if TYPE_CHECKING:
     from supervisor.logs import LogHandle
@@ -58,7 +59,8 @@ class Worker:
         """`logs` is told the secrets that turn up later. Raises DeviceError when a GPU asked for is not there."""
         self._settings = settings
         self._monitoring = open_monitoring(settings, logs.redact)
-        observer = self._monitoring.telemetry if self._monitoring else None
+        self._tracing = open_tracing(settings, logs.add_secrets)
+        observer = Observers(self._monitoring.telemetry if self._monitoring else None, self._tracing)
         self._environ = place.inherited(child_environment(environ, settings))
         self._run_dir = str(place.run_dir)
         self._oom = OomWatch(find_counter())
@@ -142,6 +144,8 @@ class Worker:
             self._oom.stop()
             if self._monitoring is not None:
                 await self._monitoring.stop()
+            if self._tracing is not None:
+                await self._tracing.close()
             FAMILY.unfollow()
         return self._exit_code(session)
 
