@@ -94,6 +94,8 @@ class Child(asyncio.BufferedProtocol):
         self._exited = False
         self._writable = True
         self._outputs: list[_OutputLines] = []
+        self.pid = 0
+        """0 until it is started."""
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
         """The end of its stderr (and stdout, in order of arrival)."""
 

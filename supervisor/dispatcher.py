@@ -366,7 +366,6 @@ class Dispatcher:
         if run.handle is None:
             self.backlog.run_left(waiting_bytes)
         self.outbox.put_result(run.key, encode_result(run.run_id, output, failure))
-        self._observer.run_ended(run, failure, self._loop.time())
         if failure is not None:
             words = (failure.detail or failure.safe_message).partition("\n")[0]
             log.info(
@@ -379,6 +378,7 @@ class Dispatcher:
             run.handle.release(run)
         if not self._active:
             self._idle.set()
+        self._observer.run_ended(run, failure, self._loop.time())
 
     # -- small questions ----------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ Each method is called on the event loop and must cost next to nothing: some are 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from supervisor.executor_handle import ExecutorHandle
     from supervisor.runs import Run
     from supervisor.stream_end import StreamEnd
+
+log = logging.getLogger(__name__)
 
 EvictionReason = Literal["room", "command", "recycled"]
 """Why a model left a device: to make room, because the scheduler said so, or because its executor was recycled."""
@@ -64,48 +68,49 @@ class Observer:
 
 
 class Observers(Observer):
-    """Several, told one after the other."""
+    """Several, told one after the other.
+
+    Whoever watches must not stop what is watched: one that raises has a defect, is logged, and is told nothing more.
+    """
 
     def __init__(self, *observers: Observer | None) -> None:
         """None: one that there is not."""
         self._all = tuple(observer for observer in observers if observer is not None)
 
     def run_refused(self, function: str, failure: Failure) -> None:
-        for observer in self._all:
-            observer.run_refused(function, failure)
+        self._tell(lambda observer: observer.run_refused(function, failure))
 
     def run_started(self, run: Run) -> None:
-        for observer in self._all:
-            observer.run_started(run)
+        self._tell(lambda observer: observer.run_started(run))
 
     def run_ended(self, run: Run, failure: Failure | None, now: float) -> None:
-        for observer in self._all:
-            observer.run_ended(run, failure, now)
+        self._tell(lambda observer: observer.run_ended(run, failure, now))
 
     def delta(self, run: Run, size: int) -> None:
-        for observer in self._all:
-            observer.delta(run, size)
+        self._tell(lambda observer: observer.delta(run, size))
 
     def executor_started(self, handle: ExecutorHandle) -> None:
-        for observer in self._all:
-            observer.executor_started(handle)
+        self._tell(lambda observer: observer.executor_started(handle))
 
     def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None:
-        for observer in self._all:
-            observer.executor_died(handle, cause)
+        self._tell(lambda observer: observer.executor_died(handle, cause))
 
     def load_ended(self, model_id: str, seconds: float, failure: Failure | None) -> None:
-        for observer in self._all:
-            observer.load_ended(model_id, seconds, failure)
+        self._tell(lambda observer: observer.load_ended(model_id, seconds, failure))
 
     def model_evicted(self, model_id: str, reason: EvictionReason) -> None:
-        for observer in self._all:
-            observer.model_evicted(model_id, reason)
+        self._tell(lambda observer: observer.model_evicted(model_id, reason))
 
     def download_ended(self, model_id: str, size: int, seconds: float, failure: Failure | None) -> None:
-        for observer in self._all:
-            observer.download_ended(model_id, size, seconds, failure)
+        self._tell(lambda observer: observer.download_ended(model_id, size, seconds, failure))
 
     def stream_ended(self, end: StreamEnd) -> None:
+        self._tell(lambda observer: observer.stream_ended(end))
+
+    def _tell(self, report: Callable[[Observer], None]) -> None:
         for observer in self._all:
-            observer.stream_ended(end)
+            try:
+                report(observer)
+            except Exception:
+                log.exception("%s takes note of nothing any more", type(observer).__name__)
+                self._all = tuple(other for other in self._all if other is not observer)

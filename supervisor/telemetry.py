@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from gen_worker.pipe.messages import Failure
+from gen_worker.wire import NOT_LEADER_PREFIX
 from supervisor.child import ExitCause
 from supervisor.executor_handle import ExecutorHandle
 from supervisor.metrics import UNKNOWN, Metrics
@@ -151,7 +152,8 @@ class Telemetry(Observer):
 
     def stream_ended(self, end: StreamEnd) -> None:
         self.metrics.stream_ends.labels(end.status.code.name).inc()
-        if end.status.code not in _CALM_ENDS:
+        is_redirect = end.status.details.startswith(NOT_LEADER_PREFIX)
+        if end.status.code not in _CALM_ENDS and not is_redirect:
             self._fault("stream", end.target, shown(end.status))
 
     # -- inside -------------------------------------------------------------------------------

@@ -164,6 +164,7 @@ def test_downloads_and_evictions(telemetry: Telemetry) -> None:
 
 def test_ends_of_streams(telemetry: Telemetry) -> None:
     telemetry.stream_ended(StreamEnd("a:1", StreamStatus(StatusCode.OK, "")))
+    telemetry.stream_ended(StreamEnd("a:1", StreamStatus(StatusCode.FAILED_PRECONDITION, "not_leader:b:1")))
     telemetry.stream_ended(StreamEnd("a:1", StreamStatus(StatusCode.UNAVAILABLE, "token=hunter2\nrefused")))
     assert value(telemetry, "scheduler_stream_ends_total", code="UNAVAILABLE") == 1
     (fault,) = telemetry.faults
