@@ -19,7 +19,7 @@ export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test gpu-test soak bench lint lint-code lint-format lint-types lint-imports lint-proto \
-	format proto clean distclean
+	lint-docker format docs proto clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,7 +60,7 @@ soak: $(VENV)/.installed ## the tests that take minutes
 bench: $(VENV)/.installed ## the worker beside a bare gRPC echo, as ratios
 	@$(BIN)/python benchmarks/bench.py
 
-lint: lint-code lint-format lint-types lint-imports lint-proto ## every static check; `make -k lint` shows all findings
+lint: lint-code lint-format lint-types lint-imports lint-proto lint-docker ## every static check; `make -k lint` shows all findings
 
 lint-code: $(VENV)/.installed
 	@echo "==> ruff check" && $(BIN)/ruff check -q --output-format concise
@@ -81,8 +81,14 @@ lint-proto: $(VENV)/.installed
 		for file in "$$fresh"/*; do diff -u "$(GENERATED)/$${file##*/}" "$$file" || stale=1; done && \
 		{ [ -z "$${stale:-}" ] || { echo "$(GENERATED) is stale, run: make proto"; exit 1; }; }
 
+lint-docker: $(VENV)/.installed
+	@echo "==> hadolint" && $(BIN)/hadolint Dockerfile examples/*/Dockerfile
+
 format: $(VENV)/.installed ## rewrite the code as lint wants it
 	@$(BIN)/ruff check -q --fix-only && $(BIN)/ruff format -q
+
+docs: $(VENV)/.installed ## write the tables in docs/ that are made from the code
+	@$(BIN)/python -m supervisor.doc_tables docs
 
 proto: $(VENV)/.installed ## generate the wire code from proto/
 	@$(PROTOC) --python_out=$(GENERATED) --pyi_out=$(GENERATED) $(PROTO)

@@ -54,6 +54,16 @@ class Backlog:
         return self.holds_runs or (self._runs_bytes > RUNS_BYTES and not self._refuses)
 
     @property
+    def runs_bytes(self) -> int:
+        """What runs that wait for an executor take."""
+        return self._runs_bytes
+
+    @property
+    def answers_bytes(self) -> int:
+        """What answers that wait for the stream take."""
+        return self._answers_bytes
+
+    @property
     def holds_runs(self) -> bool:
         """No run should be started now."""
         return self._answers_bytes > ANSWERS_BYTES

@@ -52,6 +52,8 @@ class ExitCause:
 
     returncode: int
     reason: str
+    out_of_memory: bool = False
+    """Whether it was the kernel's OOM killer (oom.py)."""
 
     def __str__(self) -> str:
         if self.returncode < 0:
@@ -99,6 +101,8 @@ class Child(asyncio.BufferedProtocol):
         self._exited = False
         self._writable = True
         self._outputs: list[_OutputLines] = []
+        self.pid = 0
+        """0 until it is started."""
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
         """The end of its stderr (and stdout, in order of arrival)."""
 

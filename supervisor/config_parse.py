@@ -65,6 +65,13 @@ def token(value: str) -> str:
     return value
 
 
+def headers(value: str) -> str:
+    """`name=value,name=value`, as OpenTelemetry writes HTTP headers; may be empty."""
+    if value and not all(re.fullmatch(r"[\w-]+=[\x21-\x7e]*", item.strip(), re.ASCII) for item in value.split(",")):
+        raise Invalid("HTTP headers as name=value, separated by commas")
+    return value
+
+
 def boolean(value: str) -> bool:
     lowered = value.lower()
     if lowered in _TRUE:

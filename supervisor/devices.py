@@ -54,6 +54,11 @@ class DeviceProbe(Protocol):
 
     def memory(self, device: Device) -> DeviceMemory:
         """What is used and free on a GPU now. Raises DeviceError."""
+        ...
+
+    def utilization(self, device: Device) -> float | None:
+        """The share of the last moment in which a GPU computed, 0 to 1; None where that is not to be had."""
+        ...
 
 
 class CpuProbe:
@@ -66,6 +71,9 @@ class CpuProbe:
 
     def memory(self, device: Device) -> DeviceMemory:
         raise DeviceError(f"{device} has no memory of its own")
+
+    def utilization(self, device: Device) -> float | None:  # noqa: ARG002  (the protocol's)
+        return None
 
 
 class SimulatedProbe:
@@ -83,6 +91,9 @@ class SimulatedProbe:
     def memory(self, device: Device) -> DeviceMemory:
         used = min(self._held(device), device.memory_bytes)
         return DeviceMemory(used, device.memory_bytes - used)
+
+    def utilization(self, device: Device) -> float | None:  # noqa: ARG002  (the protocol's)
+        return None
 
 
 class NvmlProbe:
@@ -124,6 +135,14 @@ class NvmlProbe:
         except self._nvml.NVMLError as error:
             raise DeviceError(f"NVML can't read the memory of {device.uuid}: {error}") from error
         return DeviceMemory(int(info.used), int(info.free))
+
+    def utilization(self, device: Device) -> float | None:
+        try:
+            rates = self._nvml.nvmlDeviceGetUtilizationRates(self._handles[device.uuid])
+        except self._nvml.NVMLError as error:  # not supported for MIG devices
+            log.debug("NVML has no utilization of %s: %s", device.uuid, error)
+            return None
+        return float(rates.gpu) / 100
 
     def _instances(self, handle: Any) -> list[Any]:
         """The MIG devices of a card in MIG mode, else the card itself."""

@@ -20,7 +20,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -47,6 +47,7 @@ from supervisor.executor_handle import ExecutorHandle
 from supervisor.held_output import HeldOutput, LargeResult
 from supervisor.lanes import Lanes
 from supervisor.model_commands import ModelCommands
+from supervisor.observer import Observer
 from supervisor.outbox import Keeper, Outbox
 from supervisor.quarantine import STRIKES, Quarantine, fingerprint
 from supervisor.residency import ModelKey, ModelRefused, Models, Residency
@@ -65,6 +66,8 @@ WINDOWS_BYTES: Final = 16 * 1024 * 1024
 """All windows together, roughly: when many runs stream, the later ones get smaller ones."""
 WINDOW_MIN_BYTES: Final = 16 * 1024
 LAST_LINES_CHARS: Final = 4000
+PROGRESS_BYTES: Final = 4096
+"""A longer job.progress is sent like any other, and not kept for who looks at the run here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +92,13 @@ class Dispatcher:
         executors: Callable[[], Sequence[ExecutorHandle]],
         changed: Callable[[], None],
         keeper: Keeper | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self._limits = limits
         self._residency = residency
         self._executors = executors
         self._changed = changed
+        self._observer = observer or Observer()
         self._loop = asyncio.get_running_loop()
         self.backlog = Backlog(self._loop.time, lambda: self._loop.call_soon(self.lanes.pump))
         self.outbox = Outbox(self._credit, self._loop.time, self.backlog, keeper)
@@ -147,12 +152,12 @@ class Dispatcher:
         except ModelRefused as refused:
             failure = refused.failure
         if failure is not None or info is None:
-            self._refuse(run_id, failure or runs.invalid("unknown function"))
+            self._refuse(run_id, info, failure or runs.invalid("unknown function"))
             return
         request_print = fingerprint(info.name, request.input_payload)
         failure = self._quarantine.refusal(request_print, info.name)
         if failure is not None:
-            self._refuse(run_id, failure)
+            self._refuse(run_id, info, failure)
             return
         run = Run(
             next(self._keys), run_id, info.name, request.input_payload, models,
@@ -197,7 +202,7 @@ class Dispatcher:
             return
         message, weight = encode_event(run.run_id, event.type, event.payload), len(event.payload) + EVENT_OVERHEAD_BYTES
         if not isinstance(run, SocketSession):
-            run.stream_ended = run.stream_ended or event.type in _STREAM_ENDS
+            self._note(run, event)
             self.outbox.put_event(run.key, message, weight)
         elif not run.told:
             self.outbox.put_event(run.key, message, weight, transient=True)
@@ -250,6 +255,7 @@ class Dispatcher:
             self._residency.load_failed(handle, key)
             log.error("loading %s as %s failed: %s", *key, loaded.failure.detail, extra=extra)
             self._fail_stranded({key}, loaded.failure)
+        self._observer.load_ended(loaded.model_id, loaded.seconds, loaded.failure)
         self.commands.loaded(handle, loaded.model_id, loaded.failure)
         self._changed()
         self.lanes.pump()
@@ -257,6 +263,7 @@ class Dispatcher:
     def model_unloaded(self, handle: ExecutorHandle, unloaded: ModelUnloaded) -> None:
         if unloaded.failure is None:
             self._residency.unloaded(handle, unloaded.model_id)
+            self._observer.model_evicted(unloaded.model_id, "command")
         else:
             self._residency.unload_failed(handle, unloaded.model_id)
         self.commands.unloaded(unloaded.model_id, unloaded.failure)
@@ -282,6 +289,7 @@ class Dispatcher:
             detail = f"{ended} while it loaded {', '.join(sorted(key[0] for key in loading))}; last lines:\n{lines}"
             self._fail_stranded(loading, runs.crashed(detail))
             for model_id, _ in loading:
+                self._observer.load_ended(model_id, 0.0, runs.crashed(detail))
                 self.commands.load_ended(model_id, runs.crashed(detail))
         self.commands.executor_gone()
         self._changed()
@@ -327,6 +335,16 @@ class Dispatcher:
         """Runs that were accepted and have no result yet, and sessions that have not ended."""
         return len(self._active) + len(self.sockets)
 
+    @property
+    def active_runs(self) -> Collection[Run]:
+        """Those runs, the oldest first."""
+        return self._active.values()
+
+    @property
+    def draining(self) -> bool:
+        """No run is taken any more."""
+        return self._draining
+
     # -- inside -------------------------------------------------------------------------------
 
     def _start(self, run: Run, handle: ExecutorHandle) -> None:
@@ -349,6 +367,8 @@ class Dispatcher:
             self._finish(run, Failure("resource", "out of memory", detail))
         except FrameError as error:
             self._finish(run, runs.invalid("request too large", f"the request without its payload: {error}"))
+        else:
+            self._observer.run_started(run)
 
     # -- ends ---------------------------------------------------------------------------------
 
@@ -389,10 +409,11 @@ class Dispatcher:
             )
         return f", for the {strikes}. time with this payload" if strikes > 1 else ""
 
-    def _refuse(self, run_id: str, failure: Failure) -> None:
+    def _refuse(self, run_id: str, info: FunctionInfo | None, failure: Failure) -> None:
         """Answer a run that was not accepted."""
         log.info("run refused: %s", failure.detail, extra={"run_id": run_id})
         self.outbox.put_result(0, encode_result(run_id, b"", failure))
+        self._observer.run_refused("" if info is None else info.name, failure)
 
     def _finish(self, run: Run, failure: Failure | None, output: bytes | HeldOutput = b"") -> None:
         waiting_bytes = len(run.payload)
@@ -420,8 +441,19 @@ class Dispatcher:
         if run.handle is not None:
             run.handle.release(run)
         self._less.set()
+        self._observer.run_ended(run, failure, self._loop.time())
 
     # -- small questions ----------------------------------------------------------------------
+
+    def _note(self, run: Run, event: Event) -> None:
+        """What an event says beyond what the scheduler makes of it."""
+        if event.type == "output.delta":
+            self._observer.delta(run, len(event.payload))
+        elif event.type == "job.progress":
+            if len(event.payload) <= PROGRESS_BYTES:
+                run.progress = event.payload
+        elif event.type in _STREAM_ENDS:
+            run.stream_ended = True
 
     def _refusal(self, request: pb.TaskExecutionRequest, info: FunctionInfo | None) -> Failure | None:
         if not request.run_id:

@@ -208,6 +208,10 @@ class LogHandle:
         """Mask these values from now on, such as a token that was read from a file."""
         self._redactor.add(values)
 
+    def redact(self, text: str) -> str:
+        """`text` with the secrets masked, for what is shown elsewhere than in the log."""
+        return self._redactor.redact(text)
+
     def stop(self, timeout_s: float = 2.0) -> None:
         """Write what is queued, waiting at most `timeout_s` for a stalled reader. Idempotent."""
         root = logging.getLogger()

@@ -75,7 +75,7 @@ def _run(settings: Settings, environ: Mapping[str, str], place: ExecutorPlace, l
     settings = dataclasses.replace(settings, deployment_id=settings.deployment_id or tenant.deployment)
 
     async def serve() -> ExitCode:
-        return await Worker(settings, environ, tenant, place, logs.add_secrets).run()
+        return await Worker(settings, environ, tenant, place, logs).run()
 
     log.info("gen-worker %s, worker %s, scheduler %s", __version__, settings.worker_id, settings.scheduler_addr)
     guard = _start_guard()

@@ -112,7 +112,8 @@ class OomWatch:
             return cause
         self._older += 1
         self._newer = max(self._newer, self._older)
-        return dataclasses.replace(cause, reason=f"the kernel's OOM killer: {self._counter.whose} ran out of memory")
+        reason = f"the kernel's OOM killer: {self._counter.whose} ran out of memory"
+        return dataclasses.replace(cause, reason=reason, out_of_memory=True)
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         self.sample()

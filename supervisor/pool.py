@@ -12,13 +12,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from gen_worker.pipe.messages import Init
 from supervisor.child import ExitCause
 from supervisor.devices import Device
 from supervisor.executor_handle import ExecutorHandle, HandleEvents, HandleState
 from supervisor.executor_user import ExecutorUser
+from supervisor.observer import Observer
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,18 @@ ALIVE_S: Final = 60.0
 """An executor that lived this long died of something new: its slot starts over without backoff."""
 BOOT_FAILURES: Final = 3
 KILL_WAIT_S: Final = 5.0
+
+
+class SlotView(NamedTuple):
+    """One device's place, as others may see it."""
+
+    number: int
+    device: Device
+    handle: ExecutorHandle | None
+    """None: it has no process now."""
+    starts: int
+    closed: bool
+    """It was given up."""
 
 
 class _Slot:
@@ -69,6 +82,7 @@ class Pool:
         on_all_closed: Callable[[], None],
         user: ExecutorUser | None = None,
         explain: Callable[[ExitCause], ExitCause] = lambda cause: cause,
+        observer: Observer | None = None,
     ) -> None:
         """`user` is whom executors run as; `explain` may know more of why one died."""
         self._slots = [_Slot(number, device) for number, device in enumerate(devices)]
@@ -79,6 +93,7 @@ class Pool:
         self._on_all_closed = on_all_closed
         self._user = user
         self._explain = explain
+        self._observer = observer or Observer()
         self._loop = asyncio.get_running_loop()
         self._spawning: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -98,6 +113,11 @@ class Pool:
     @property
     def ready(self) -> list[ExecutorHandle]:
         return [handle for handle in self.handles if handle.state is HandleState.READY]
+
+    @property
+    def slots(self) -> list[SlotView]:
+        """All places, whether there is an executor or not."""
+        return [SlotView(slot.number, slot.device, slot.handle, slot.incarnation, slot.closed) for slot in self._slots]
 
     @property
     def open_slots(self) -> int:
@@ -162,11 +182,14 @@ class Pool:
             if not self.handles:
                 self._empty.set()
             self._replace(slot, f"can't be started: {error}", was_ready=False)
+        else:
+            self._observer.executor_started(handle)
 
     def _died(self, slot: _Slot, handle: ExecutorHandle, cause: ExitCause) -> None:
         slot.handle = None
         was_ready = bool(handle.functions)
         if not self._stopping:
+            self._observer.executor_died(handle, cause)
             words = f"{handle.fatal.message} ({cause})" if handle.fatal else str(cause)
             if not was_ready:
                 self.last_reason = handle.fatal.reason if handle.fatal else ""

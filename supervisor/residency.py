@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -53,6 +53,16 @@ class Artifacts(Protocol):
     def metadata(self) -> Mapping[str, str]: ...
 
 
+class HeldModel(NamedTuple):
+    """A model object that an executor has, or is about to have or to drop."""
+
+    handle: ExecutorHandle
+    model_id: str
+    state: Residence
+    device_bytes: int
+    """As the executor measured it; 0 while it is not known."""
+
+
 class Residence(Enum):
     LOADING = "loading"
     HOT = "hot"
@@ -71,6 +81,8 @@ class Residency:
         self._failed: dict[ExecutorHandle, set[ModelKey]] = {}
         """What could not be loaded there last time."""
         self._device_bytes: dict[ExecutorHandle, dict[ModelKey, int]] = {}
+        self._measured: dict[ModelKey, int] = {}
+        """What each took when it was loaded last, on whichever device."""
 
     # -- names --------------------------------------------------------------------------------
 
@@ -159,6 +171,7 @@ class Residency:
         self._held.setdefault(handle, {})[key] = Residence.HOT
         self._failed.get(handle, set()).discard(key)
         self._device_bytes.setdefault(handle, {})[key] = device_bytes
+        self._measured[key] = device_bytes
 
     def load_failed(self, handle: ExecutorHandle, key: ModelKey) -> None:
         self._held.get(handle, {}).pop(key, None)
@@ -173,6 +186,23 @@ class Residency:
         return sum(
             sum(sizes.values()) for handle, sizes in self._device_bytes.items() if handle.device.uuid == device.uuid
         )
+
+    def reserved_on(self, device: Device) -> int:
+        """What loads under way on `device` will take, as far as earlier ones tell."""
+        return sum(
+            self._measured.get(key, 0)
+            for handle in self._held
+            if handle.device.uuid == device.uuid
+            for key in self.loading(handle)
+        )
+
+    def held(self) -> list[HeldModel]:
+        """All that executors have, whatever its state."""
+        return [
+            HeldModel(handle, key[0], state, self._device_bytes.get(handle, {}).get(key, 0))
+            for handle, models in self._held.items()
+            for key, state in models.items()
+        ]
 
     def holders(self, model_id: str) -> list[ExecutorHandle]:
         """The executors that have it in memory."""

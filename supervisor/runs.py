@@ -10,6 +10,7 @@ stays ended, whatever else arrives for it.
 from __future__ import annotations
 
 import asyncio
+import time
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
@@ -42,8 +43,8 @@ class Run:
     """A run that was accepted. `key` names it on the pipe, `run_id` towards the scheduler."""
 
     __slots__ = (
-        "alone", "arrived", "cause", "fingerprint", "function", "handle", "key", "models", "payload", "run_id",
-        "started", "state", "stream_ended", "tenant_id", "timeout_ms", "timer", "user_id",
+        "alone", "arrived", "cause", "fingerprint", "function", "handle", "key", "model_wait_from", "models", "payload",
+        "progress", "run_id", "started", "state", "stream_ended", "tenant_id", "timeout_ms", "timer", "user_id",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0913, PLR0917  (the request's fields, filled in at one place)
@@ -68,6 +69,8 @@ class Run:
         self.user_id = user_id
         self.arrived = arrived
         """Monotonic seconds, on the event loop's clock."""
+        self.model_wait_from = 0.0
+        """When it was found that a model is missing, on the same clock; 0: none was."""
         self.started = 0.0
         self.state = RunState.QUEUED
         self.handle: ExecutorHandle | None = None
@@ -78,6 +81,8 @@ class Run:
         """Whether no other run may be on its executor with it."""
         self.stream_ended = False
         """Whether an incremental run has said how its output ended."""
+        self.progress = b""
+        """The last job.progress, as JSON; whoever shows it decodes it."""
         self.timer: asyncio.TimerHandle | None = None
         """The deadline's while the run has one; after a cancel, the grace period's."""
 
@@ -85,6 +90,7 @@ class Run:
         """QUEUED -> WAITING_MODEL."""
         if self.state is RunState.QUEUED:
             self.state = RunState.WAITING_MODEL
+            self.model_wait_from = time.monotonic()  # which the loop's clock is
 
     def start(self, handle: ExecutorHandle, now: float) -> bool:
         """QUEUED or WAITING_MODEL -> RUNNING on `handle`."""

@@ -29,6 +29,7 @@ from typing import Final, Protocol
 from supervisor.auth import AuthError
 from supervisor.backoff import Lifetime, ReconnectSettings
 from supervisor.clock import Clock, SystemClock
+from supervisor.observer import Observer
 from supervisor.redial import Redial
 from supervisor.stream_end import StreamEnd, age, description, shown
 from supervisor.targets import MalformedRedirect, redirect_target
@@ -151,7 +152,7 @@ class _Link:
 class Session:
     """See the module."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (its neighbours, by name)
         self,
         *,
         settings: SessionSettings,
@@ -161,6 +162,7 @@ class Session:
         incoming: Incoming,
         registration: Callable[[bool], bytes],
         clock: Clock | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """`registration` gives the encoded registration; its argument is `is_heartbeat`."""
         self._interval_s = settings.heartbeat_interval_s
@@ -170,6 +172,7 @@ class Session:
         self._incoming = incoming
         self._registration = registration
         self._clock = SystemClock() if clock is None else clock
+        self._observer = observer or Observer()
         self._redial = Redial(settings.addresses, settings.reconnect)
         self._epoch = 0
         self._link: _Link | None = None
@@ -194,6 +197,16 @@ class Session:
         return self._link is not None and self._link.answered_at is not None
 
     @property
+    def registered(self) -> bool:
+        """Whether a stream is open and the registration went out on it. A scheduler need not answer to that."""
+        return self._link is not None and self._link.registered.is_set() and not self._link.over.is_set()
+
+    @property
+    def failed_dials(self) -> int:
+        """In a row, since a stream last stayed up."""
+        return self._redial.failed_dials
+
+    @property
     def target(self) -> str:
         """The address of the present stream, else the one that is dialed (next)."""
         return self._redial.target if self._link is None else self._link.target
@@ -203,6 +216,7 @@ class Session:
         try:
             while not self._stopping.is_set():
                 end = await self._one_stream(self._redial.target)
+                self._observer.stream_ended(end)
                 if self._stopping.is_set() or end.drained:
                     self.read_to_end = end.drained and end.status.code is StatusCode.OK
                     self._log_stopped(end)

@@ -319,6 +319,15 @@ class Settings:
         "health, readiness, metrics, status; empty: off; a taken port is a warning, not a stop",
         empty_means_off=True,
     )
+    otel_exporter_otlp_endpoint: str = _var(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        parse.http_url,
+        "",
+        "collector for traces of runs, e.g. `http://collector:4318`; needs the extra `otel`",
+    )
+    otel_exporter_otlp_headers: str = _var(
+        "OTEL_EXPORTER_OTLP_HEADERS", parse.headers, "", "headers for it, `name=value,...`", secret=True
+    )
     log_format: str = _var("WORKER_LOG_FORMAT", parse.choice("text", "json"), "text", "`json`: one object a line")
     log_level: str = _var(
         "WORKER_LOG_LEVEL",
@@ -346,7 +355,7 @@ class Settings:
 
 NOT_USED_YET: Final = frozenset(
     {
-        "WORKER_HTTP_ADDR", "WORKER_WARM_SPARE", "WORKER_HOST_CACHE_GB", "WORKER_MAX_VRAM_GB",
+        "WORKER_WARM_SPARE", "WORKER_HOST_CACHE_GB", "WORKER_MAX_VRAM_GB",
         "WORKER_VRAM_SAFETY_MARGIN_GB", "WORKER_MODEL_CACHE_DIR", "WORKER_MODEL_CACHE_MAX_GB", "WORKER_CACHE_DIR",
         "WORKER_MAX_CONCURRENT_DOWNLOADS", "WORKER_MAX_UPLOAD_BYTES", "WORKER_MAX_INPUT_FILE_BYTES",
         "WORKER_MAX_WS_FRAME_BYTES", "COZY_HUB_URL", "COZY_HUB_TOKEN", "HF_TOKEN", "HF_HOME", "COZY_HF_COMPONENTS",

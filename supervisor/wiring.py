@@ -5,7 +5,11 @@ Owns: nothing; the one place that knows which variable goes where.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote
 
 from supervisor.auth import AuthSettings
 from supervisor.backoff import ReconnectSettings
@@ -13,6 +17,14 @@ from supervisor.dispatcher import Limits
 from supervisor.session import SessionSettings
 from supervisor.settings import Settings
 from supervisor.transport import TlsFiles, Transport
+
+if TYPE_CHECKING:
+    from supervisor.monitoring import Monitoring
+    from supervisor.tracing import Tracing
+
+log = logging.getLogger(__name__)
+
+OTEL_REMEDY: Final = "pip install 'gen-worker[otel]'"
 
 
 def open_transport(settings: Settings) -> Transport:
@@ -32,6 +44,33 @@ def open_transport(settings: Settings) -> Transport:
     from supervisor.transport.grpcio import GrpcioTransport  # noqa: PLC0415
 
     return GrpcioTransport(tls)
+
+
+def open_monitoring(settings: Settings, redact: Callable[[str], str]) -> Monitoring | None:
+    """None when WORKER_HTTP_ADDR is empty: then nothing is counted either."""
+    if not settings.http_addr:
+        return None
+    from supervisor.monitoring import Monitoring  # noqa: PLC0415  (its libraries take memory)
+
+    return Monitoring(settings, redact)
+
+
+def open_tracing(settings: Settings, conceal: Callable[[Iterable[str]], None]) -> Tracing | None:
+    """None when OTEL_EXPORTER_OTLP_ENDPOINT is not set, or the extra not installed. `conceal` is told the secrets."""
+    if not settings.otel_exporter_otlp_endpoint:
+        return None
+    try:
+        from supervisor.tracing import Tracing  # noqa: PLC0415  (its libraries take memory)
+    except ImportError as error:
+        log.warning("no traces are sent, though OTEL_EXPORTER_OTLP_ENDPOINT is set: %s; %s", error, OTEL_REMEDY)
+        return None
+    pairs = (item.strip().partition("=") for item in settings.otel_exporter_otlp_headers.split(",") if item)
+    headers = {name: unquote(value) for name, _, value in pairs}
+    conceal(headers.values())
+    identity = {"service.instance.id": settings.worker_id}
+    if settings.deployment_id:
+        identity["gen_worker.deployment_id"] = settings.deployment_id
+    return Tracing(settings.otel_exporter_otlp_endpoint, headers, identity)
 
 
 def auth_settings(settings: Settings) -> AuthSettings:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +21,7 @@ from supervisor.executor_place import ExecutorPlace
 from supervisor.exit_codes import ExitCode
 from supervisor.family import FAMILY
 from supervisor.inbound import Inbound
+from supervisor.observer import Observers
 from supervisor.oom import OomWatch, find_counter
 from supervisor.outbox import DELIVERED_S
 from supervisor.pool import Pool
@@ -29,9 +30,10 @@ from supervisor.residency import Residency
 from supervisor.result_store import ResultStore
 from supervisor.session import GaveUp, Session
 from supervisor.transport import StatusCode
-from supervisor.wiring import auth_settings, limits, open_transport, session_settings
+from supervisor.wiring import auth_settings, limits, open_monitoring, open_tracing, open_transport, session_settings
 
 if TYPE_CHECKING:
+    from supervisor.logs import LogHandle
     from supervisor.settings import Settings
     from supervisor.tenant import Tenant
 
@@ -52,10 +54,13 @@ class Worker:
         environ: Mapping[str, str],
         tenant: Tenant,
         place: ExecutorPlace,
-        conceal: Callable[[Iterable[str]], None],
+        logs: LogHandle,
     ) -> None:
-        """`conceal` is told the secrets that turn up later. Raises DeviceError when a GPU asked for is not there."""
+        """`logs` is told the secrets that turn up later. Raises DeviceError when a GPU asked for is not there."""
         self._settings = settings
+        self._monitoring = open_monitoring(settings, logs.redact)
+        self._tracing = open_tracing(settings, logs.add_secrets)
+        observer = Observers(self._monitoring.telemetry if self._monitoring else None, self._tracing)
         self._environ = place.inherited(child_environment(environ, settings))
         self._run_dir = str(place.run_dir)
         self._oom = OomWatch(find_counter())
@@ -78,6 +83,7 @@ class Worker:
             executors=lambda: self._pool.ready,
             changed=self._announce,
             keeper=self._store,
+            observer=observer,
         )
         self._pool = Pool(
             self._probe.devices,
@@ -88,16 +94,26 @@ class Worker:
             on_all_closed=lambda: self._events.put_nowait("all executors are down"),
             user=place.user,
             explain=self._oom.explain,
+            observer=observer,
         )
         registration = Registration(settings, self._pool, self._dispatcher, self._residency, self._probe)
         self._session = Session(
             settings=session_settings(settings),
             transport=open_transport(settings),
-            auth=Auth(auth_settings(settings), conceal=conceal),
+            auth=Auth(auth_settings(settings), conceal=logs.add_secrets),
             outgoing=self._dispatcher.outbox,
             incoming=Inbound(self._dispatcher, self._residency),
             registration=registration.encode,
+            observer=observer,
         )
+        if self._monitoring is not None:
+            self._monitoring.watch(
+                pool=self._pool,
+                dispatcher=self._dispatcher,
+                session=self._session,
+                ledger=self._residency,
+                probe=self._probe,
+            )
         self._events: asyncio.Queue[str] = asyncio.Queue()
         self._signals = 0
         self._undelivered = 0
@@ -111,6 +127,8 @@ class Worker:
             loop.add_signal_handler(number, self._on_signal, number)
         FAMILY.follow(loop)
         self._oom.start(loop)
+        if self._monitoring is not None:
+            await self._monitoring.start()
         if self._store is not None:
             await self._store.open()
         self._pool.start()
@@ -125,6 +143,10 @@ class Worker:
                 loop.remove_signal_handler(number)
                 signal.signal(number, signal.SIG_IGN)  # what is left takes a moment, and its exit code is known
             self._oom.stop()
+            if self._monitoring is not None:
+                await self._monitoring.stop()
+            if self._tracing is not None:
+                await self._tracing.close()
             FAMILY.unfollow()
         return self._exit_code(session)
 

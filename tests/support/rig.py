@@ -30,6 +30,7 @@ from supervisor.child import ExitCause
 from supervisor.devices import Device
 from supervisor.dispatcher import Dispatcher, Limits
 from supervisor.executor_handle import ExecutorHandle, HandleState
+from supervisor.observer import Observer
 from supervisor.residency import Residency
 
 
@@ -125,6 +126,7 @@ class Rig:
         models: Sequence[str] = (),
         labels: Mapping[str, str] | None = None,
         ready: bool = True,
+        observer: Observer | None = None,
     ) -> None:
         self.functions = tuple(functions)
         self.residency = Residency(labels or {}, {model: ModelDir(f"/models/{model}") for model in models})
@@ -134,6 +136,7 @@ class Rig:
             residency=self.residency,
             executors=lambda: [each.handle for each in self.executors if each.handle.state is HandleState.READY],
             changed=self._changed,
+            observer=observer,
         )
         self.executors: list[Executor] = []
         for _ in range(executors):

@@ -121,6 +121,7 @@ class Host:
         nvml.nvmlDeviceGetMigDeviceHandleByIndex = self._mig_part
         nvml.nvmlDeviceGetCudaComputeCapability = self._capability
         nvml.nvmlDeviceGetMemoryInfo = self._memory
+        nvml.nvmlDeviceGetUtilizationRates = self._utilization
         return nvml  # type: ignore[no-any-return]
 
     def _init(self) -> None:
@@ -150,6 +151,11 @@ class Host:
     def _capability(self, part: Part) -> tuple[int, int]:
         assert part in self.cards, "NVML gives it for cards only"
         return part.sm
+
+    def _utilization(self, part: Part) -> SimpleNamespace:
+        if self._alive(part) not in self.cards:
+            raise NotSupportedError("Not Supported")
+        return SimpleNamespace(gpu=37, memory=5)
 
     def _memory(self, part: Part) -> SimpleNamespace:
         self._alive(part)
@@ -203,6 +209,15 @@ def test_mig_devices_stand_for_their_card(host: Host) -> None:
     assert [device.sm for device in probe.devices] == ["90", "80", "80"]
     assert probe.memory(probe.devices[2]) == DeviceMemory(GIB, 19 * GIB)
     assert uuids(open_here(gpus=("MIG-b",))) == ["MIG-b"]
+
+
+def test_utilization_is_told_of_cards_alone(host: Host) -> None:
+    card, lost = Part("GPU-1"), Part("GPU-3")
+    host.cards = [card, Part("GPU-2", mig=[Part("MIG-a", 10 * GIB)]), lost]
+    probe = open_here()
+    lost.lost = True
+    assert [probe.utilization(device) for device in probe.devices] == [0.37, None, None]
+    assert open_here(fake=1).utilization(DEVICES[0]) is None
 
 
 @pytest.mark.parametrize(
