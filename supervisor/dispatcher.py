@@ -159,10 +159,24 @@ class Dispatcher:
     def executor_ready(self, handle: ExecutorHandle) -> None:
         # Realtime handlers are not served by this version, so they are not offered.
         served = {name: info for name, info in handle.functions.items() if info.mode != "websocket"}
-        self.functions.update(served)
+        self._learn(served)
         log.info("executor %s is ready: %s", handle.name, ", ".join(sorted(handle.functions)))
         self._changed()
         self.lanes.pump()
+
+    def _learn(self, served: dict[str, FunctionInfo]) -> None:
+        """What an executor serves is the latest code: functions that it changed and that no executor has any more."""
+        for name, info in served.items():
+            if self.functions.get(name, info) != info:
+                for run in self.lanes.changed(info):
+                    self._finish(run, runs.busy("the models of its function changed while it waited"))
+        self.functions.update(served)
+        offered = {name for handle in self._executors() for name in handle.functions}
+        for name in self.functions.keys() - served.keys() - offered:
+            del self.functions[name]
+            waiting = (RunState.QUEUED, RunState.WAITING_MODEL)
+            for run in [run for run in self._active.values() if run.function == name and run.state in waiting]:
+                self._finish(run, runs.invalid("unknown function", f"{name!r} is gone since the code was replaced"))
 
     def executor_writable(self, handle: ExecutorHandle) -> None:
         log.debug("executor %s reads again", handle.name)
@@ -241,6 +255,10 @@ class Dispatcher:
         self.commands.executor_gone()
         self._changed()
         self.lanes.pump()
+
+    def new_code(self) -> None:
+        """Executors are about to be replaced by ones with other code: what killed the old ones says nothing of it."""
+        self._quarantine.forgive()
 
     # -- drain --------------------------------------------------------------------------------
 

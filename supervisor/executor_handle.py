@@ -105,6 +105,8 @@ class ExecutorHandle:
         self._threads = threads
         self._thread_runs = 0
         self._leaving: asyncio.TimerHandle | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._running: Counter[str] = Counter()
         self._events = events
         self._output = OutputLog(self.name)
@@ -186,6 +188,7 @@ class ExecutorHandle:
                 self._child.arena_down.free(where.offset)
             raise
         self.runs[run.key] = run
+        self._idle.clear()
         self._running[run.function] += 1
         if _takes_thread(self.functions[run.function]):
             self._thread_runs += 1
@@ -197,6 +200,16 @@ class ExecutorHandle:
         self._running[run.function] -= 1
         if _takes_thread(self.functions[run.function]):
             self._thread_runs -= 1
+        if not self.runs:
+            self._idle.set()
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Whether it has no run within timeout_s."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
 
     def send_cancel(self, key: int, cause: CancelCause) -> None:
         self._send(Cancel(key, cause))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import typer
 
 from gen_worker._version import __version__
-from gen_worker.cli import project, torture
+from gen_worker.cli import project, run, serve, torture
 
 app = typer.Typer(
     help="Write, check and describe the functions that a worker runs. The worker itself is gen-worker-supervisor.",
@@ -20,6 +20,8 @@ app = typer.Typer(
 
 app.command()(project.discover)
 app.command()(project.validate)
+app.command(epilog=run.EPILOG)(run.run)
+app.command()(serve.serve)
 app.command()(torture.torture)
 
 
