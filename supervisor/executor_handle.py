@@ -205,6 +205,8 @@ class ExecutorHandle:
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Whether it has no run within timeout_s."""
+        if self._idle.is_set():
+            return True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:

@@ -18,6 +18,7 @@ import secrets
 import signal
 import sys
 import tempfile
+import tomllib
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -266,3 +267,10 @@ def check_project(root: Path) -> None:
     if not (root / "pyproject.toml").is_file():
         raise ProjectError(f"no pyproject.toml in {root.resolve()}: give --project, or begin one with gen-worker init")
     load_project(root)
+
+
+def project_name(root: Path) -> str:
+    """What pyproject.toml calls the project; else its folder's name."""
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8")).get("project", {})
+    name = project.get("name") if isinstance(project, dict) else None
+    return name if isinstance(name, str) else root.resolve().name

@@ -26,7 +26,7 @@ from watchfiles import Change, DefaultFilter, awatch
 from gen_worker.errors import ProjectError
 from gen_worker.serve.access import is_loopback
 from gen_worker.serve.app import build_app
-from gen_worker.serve.local_worker import LocalWorker, WorkerStartError
+from gen_worker.serve.local_worker import LocalWorker, WorkerStartError, project_name
 from gen_worker.serve.state import DevState, Phase
 
 ANSWERS_S: Final = 3
@@ -59,7 +59,7 @@ class DevServer:
         self._project = project.resolve()
         self._options = options
         self._worker = worker
-        self._state = DevState(self._project.name, worker)
+        self._state = DevState(project_name(self._project), worker)
         worker.on_line = self._state.take_line
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
