@@ -108,7 +108,7 @@ def test_a_deadline_is_a_504(client: httpx.Client) -> None:
 
 
 def test_files_come_as_parts_of_a_form_or_as_urls(client: httpx.Client) -> None:
-    files = {"file": ("cat.txt", b"a cat", "text/plain"), "data": ("d.bin", b"1234")}
+    files = [("file", ("cat.txt", b"a cat", "text/plain")), ("data", ("d.bin", b"1234", "application/octet-stream"))]
     answer = client.post("/v1/functions/mirror", files=files, data={"note": "5"}).json()
     assert answer["note"] == "5"  # a text stays a text
     assert answer["data_size"] == 4

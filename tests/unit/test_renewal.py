@@ -72,8 +72,13 @@ async def test_broken_code_costs_one_slot_until_the_next_renewal(slots: Slots) -
 
 
 async def test_requests_during_a_renewal_are_one_more_renewal(slots: Slots) -> None:
-    prepared = []
-    renew = renewal(slots, lambda: bool(prepared.append(1)))
+    prepared: list[int] = []
+
+    def prepare() -> bool:
+        prepared.append(1)
+        return False
+
+    renew = renewal(slots, prepare)
     for _ in range(3):
         renew.request()
     await until(lambda: renew._task is not None and renew._task.done())

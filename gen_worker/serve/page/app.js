@@ -179,31 +179,41 @@ function showFacts(id, facts, otherwise) {
   );
 }
 
+// Items stay the same elements, so that a click or the focus on one survives the next state.
 function showRuns(runs) {
-  const marks = { running: "●", succeeded: "✓", failed: "✗" };
   const list = find("runs");
-  const focused = document.activeElement?.dataset?.runId;
-  list.replaceChildren(
-    ...runs.map((each) => {
-      const item = document.createElement("li");
-      item.className = each.state;
-      const button = document.createElement("button");
-      button.type = "button";
-      button.dataset.runId = each.run_id;
-      button.title = each.error ? `${each.error.type}: ${each.error.message}` : each.run_id;
-      const mark = textElement("span", marks[each.state], "mark");
-      mark.setAttribute("role", "img");
-      mark.setAttribute("aria-label", each.state);
-      const running = each.progress === null ? "…" : `${Math.round(each.progress * 100)} %`;
-      const took = each.state === "running" ? running : `${each.seconds.toFixed(2)} s`;
-      button.append(mark, textElement("span", each.function), textElement("small", took));
-      button.addEventListener("click", () => showRun(each.run_id));
-      item.append(button);
-      return item;
-    }),
-  );
+  const known = new Map([...list.children].map((item) => [item.dataset.runId, item]));
+  const items = runs.map((each) => updateRun(known.get(each.run_id) ?? runItem(each), each));
+  for (const [runId, item] of known) if (!runs.some((each) => each.run_id === runId)) item.remove();
+  items.forEach((item, index) => {
+    if (list.children[index] !== item) list.insertBefore(item, list.children[index] ?? null);
+  });
   if (!runs.length) list.append(textElement("li", "none yet", "muted"));
-  if (focused) list.querySelector(`[data-run-id="${CSS.escape(focused)}"]`)?.focus();
+}
+
+function runItem(each) {
+  const item = document.createElement("li");
+  item.dataset.runId = each.run_id;
+  const button = document.createElement("button");
+  button.type = "button";
+  const mark = textElement("span", "", "mark");
+  mark.setAttribute("role", "img");
+  button.append(mark, textElement("span", each.function), textElement("small", ""));
+  button.addEventListener("click", () => showRun(each.run_id));
+  item.append(button);
+  return item;
+}
+
+function updateRun(item, each) {
+  const marks = { running: "●", succeeded: "✓", failed: "✗" };
+  item.className = each.state;
+  item.firstChild.title = each.error ? `${each.error.type}: ${each.error.message}` : each.run_id;
+  const mark = item.querySelector(".mark");
+  mark.textContent = marks[each.state];
+  mark.setAttribute("aria-label", each.state);
+  const progress = each.progress === null ? "…" : `${Math.round(each.progress * 100)} %`;
+  item.querySelector("small").textContent = each.state === "running" ? progress : `${each.seconds.toFixed(2)} s`;
+  return item;
 }
 
 // A run of before: its payload in the form, its end in the answer.
