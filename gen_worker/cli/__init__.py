@@ -9,7 +9,7 @@ from __future__ import annotations
 import typer
 
 from gen_worker._version import __version__
-from gen_worker.cli import project, run, serve, torture
+from gen_worker.cli import init, project, run, serve, torture
 
 app = typer.Typer(
     help="Write, check and describe the functions that a worker runs. The worker itself is gen-worker-supervisor.",
@@ -18,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.command()(init.init)
 app.command()(project.discover)
 app.command()(project.validate)
 app.command(epilog=run.EPILOG)(run.run)

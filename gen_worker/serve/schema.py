@@ -169,7 +169,7 @@ class Schema:
 
 def _child(branch: Node, name: str) -> Node | None:
     """The schema of a member; None when the object has none of this name."""
-    if _is_anything(branch):
+    if _is_anything(branch) or branch.keys().isdisjoint(("properties", "additionalProperties")):
         return {}
     found = branch.get("properties", {}).get(name, branch.get("additionalProperties"))
     if found is None or found is False:
