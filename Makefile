@@ -19,7 +19,7 @@ export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test gpu-test soak bench lint lint-code lint-format lint-types lint-imports lint-proto \
-	format proto clean distclean
+	format docs proto clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ lint-proto: $(VENV)/.installed
 
 format: $(VENV)/.installed ## rewrite the code as lint wants it
 	@$(BIN)/ruff check -q --fix-only && $(BIN)/ruff format -q
+
+docs: $(VENV)/.installed ## generate the pages made from docstrings and commands
+	@$(BIN)/python docs/generate.py
 
 proto: $(VENV)/.installed ## generate the wire code from proto/
 	@$(PROTOC) --python_out=$(GENERATED) --pyi_out=$(GENERATED) $(PROTO)

@@ -76,11 +76,12 @@ class LocalWorker:
 
     def __init__(self, options: LocalOptions) -> None:
         self._options = options
-        self._token = secrets.token_urlsafe()
+        self.token = secrets.token_urlsafe()
+        """What the worker shows its scheduler and the file store: other programs of this machine have none."""
         self._stack = contextlib.ExitStack()
         self._reader: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self.orchestrator = MockOrchestrator(required_token=self._token)
+        self.orchestrator = MockOrchestrator(required_token=self.token)
         self.on_line: Callable[[LogLine], None] = lambda _line: None
         """Called as that of the options, for who comes later."""
         self.lines: deque[LogLine] = deque(maxlen=KEPT_LINES)
@@ -93,7 +94,7 @@ class LocalWorker:
         own = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="gen-worker-")))
         self._manifest = own / "manifest.json"
         self.files = self._stack.enter_context(
-            FileStoreServer(self._options.files_dir or own / "files", token=self._token)
+            FileStoreServer(self._options.files_dir or own / "files", token=self.token)
         )
         await self.orchestrator.start()
 
@@ -137,6 +138,12 @@ class LocalWorker:
         code = await self._process.wait()
         await asyncio.shield(self._reader)
         return code
+
+    async def wait_gone(self) -> int:
+        """The child's exit code; waits for its end even when it was not started yet."""
+        if self._process is None:
+            await asyncio.get_running_loop().create_future()
+        return await self.wait_ended()
 
     @property
     def pid(self) -> int | None:
@@ -214,7 +221,7 @@ class LocalWorker:
         """Send a run. Raises NoWorkerError and StreamEndedError."""
         data = msgspec.msgpack.encode(payload)
         return await self.orchestrator.run(
-            function, data, timeout_ms=timeout_ms, file_base_url=self.files.url, file_token=self._token
+            function, data, timeout_ms=timeout_ms, file_base_url=self.files.url, file_token=self.token
         )
 
     # -- inside -------------------------------------------------------------------------------------
@@ -235,7 +242,7 @@ class LocalWorker:
             "WORKER_CANCEL_GRACE_SECONDS": "2",
             **kept,
             "WORKER_MANIFEST": str(self._manifest),
-            "AUTH_TOKEN": self._token,
+            "AUTH_TOKEN": self.token,
             "SCHEDULER_ADDR": self.orchestrator.address,
             "WORKER_ID": WORKER_ID,
             "RECONNECT_DELAY": "0.2",

@@ -37,24 +37,27 @@ def realtime_route(state: DevState) -> Callable[[WebSocket], Awaitable[None]]:
         except MockOrchestratorError as error:
             await _close(socket, TRY_AGAIN, str(error))
             return
-        await _tie(socket, session)
+        await _tie(socket, session, state)
 
     return endpoint
 
 
-async def _tie(socket: WebSocket, session: RealtimeSession) -> None:
+async def _tie(socket: WebSocket, session: RealtimeSession, state: DevState) -> None:
+    gone = asyncio.ensure_future(state.worker.wait_gone())
     inward = asyncio.ensure_future(_to_worker(socket, session))
     outward = asyncio.ensure_future(_to_client(socket, session))
     try:
-        await asyncio.wait((inward, outward), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((inward, outward, gone), return_when=asyncio.FIRST_COMPLETED)
         if outward.done():
             outward.result()
             reason = session.close_reason or "closed"
             await _close(socket, _CODES.get(reason, FAILED), reason)
+        elif gone.done():
+            await _close(socket, TRY_AGAIN, "the worker ended")
     finally:
-        for task in (inward, outward):
+        for task in (inward, outward, gone):
             task.cancel()
-        await asyncio.gather(inward, outward, return_exceptions=True)
+        await asyncio.gather(inward, outward, gone, return_exceptions=True)
         if session.close_reason is None:
             await _end(session)
 

@@ -147,7 +147,7 @@ class Runs:
 
     async def worker_gone(self) -> str:
         """Why the worker ended, once it has."""
-        code = await self._worker.wait_ended()
+        code = await self._worker.wait_gone()
         return f"the worker ended with exit code {code}: {self._worker.last_error()}"
 
     def ended(self, handle: RunHandle, record: RunRecord, outcome: Callable[[], Any]) -> None:

@@ -78,7 +78,7 @@ class DevServer:
                 await self._worker.stop(at_once=self._signals > 1)
 
     async def _serve(self, listening: socket.socket) -> None:
-        http = _HttpServer(
+        http = HttpServer(
             uvicorn.Config(
                 build_app(self._state, token=self._options.token),
                 lifespan="off",
@@ -205,7 +205,7 @@ class CodeFilter(DefaultFilter):
         return (is_code or where.name == "pyproject.toml") and super().__call__(change, path)
 
 
-class _HttpServer(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """Leaves the signals to DevServer."""
 
     @contextlib.contextmanager

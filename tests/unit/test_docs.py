@@ -1,0 +1,165 @@
+"""What the documentation shows: Python blocks run, commands exist with their options, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+import pytest
+import typer
+
+from gen_worker.cli import app
+from gen_worker.testing.mock_orchestrator import cli as mock_orchestrator
+
+ROOT: Final = Path(__file__).parent.parent.parent
+PAGES: Final = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+OTHERS: Final = frozenset({
+    "cd", "curl", "docker", "echo", "export", "git", "kill", "kubectl", "mkdir", "pip", "pytest", "ssh", "uv",
+})  # fmt: skip
+"""Programs that a block may call and that are not ours to check."""
+_BLOCK: Final = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_LINK: Final = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return [text for kind, text in _BLOCK.findall(path.read_text("utf-8")) if kind == language]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def having(language: str) -> list[Path]:
+    return [path for path in PAGES if blocks(path, language)]
+
+
+@pytest.mark.parametrize("path", having("python"), ids=name_of)
+def test_python_blocks_run_in_their_order(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one page are one program, whose annotations resolve as those of a module do."""
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType(f"page_{path.stem.replace('-', '_').lower()}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for number, text in enumerate(blocks(path, "python"), 1):
+        exec(compile(text, f"{path.name}, block {number}", "exec"), vars(module))
+
+
+@pytest.mark.parametrize("path", having("sh"), ids=name_of)
+def test_commands_of_shell_blocks_exist(path: Path) -> None:
+    for text in blocks(path, "sh"):
+        syntax = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, timeout=20, check=False)
+        assert syntax.returncode == 0, syntax.stderr
+        for words in commands(text):
+            check(words)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_to_files_lead_to_files(path: Path) -> None:
+    links = [link for link in _LINK.findall(path.read_text("utf-8")) if "://" not in link]
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_generated_pages_are_fresh() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/generate.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("cd x && gen-worker run f a=1 | jq . # why\n", [["cd", "x"], ["gen-worker", "run", "f", "a=1"], ["jq", "."]]),
+        ("A=1 B='x y' \\\n  make test\n", [["make", "test"]]),
+        ("MODEL=$(python -c 'import x')\n", []),
+        ("curl -d '{\"a\": 1}' x > y\n", [["curl", "-d", '{"a": 1}', "x"]]),
+    ],
+)
+def test_the_reader_of_shell_blocks(text: str, found: list[list[str]]) -> None:
+    assert list(commands(text)) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["gen-worker nonsense", "gen-worker run f --nonsense", "make nonsense", "python -m gen_worker.nonsense", "nonsense",
+     "python -m gen_worker.testing.mock_orchestrator --nonsense"],
+)  # fmt: skip
+def test_what_does_not_exist_is_noticed(text: str) -> None:
+    with pytest.raises(AssertionError):
+        check(shlex.split(text))
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The simple commands, without assignments, redirections and comments. $(...) is not looked into."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if re.match(r"\s*\w+=\$\(.*\)\s*$", line):
+            continue
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&<>")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if word in (";", "|", "&", "&&", "||"):
+                yield from [words] if (words := _simple(words)) else []
+                words = []
+            else:
+                words.append(word)
+
+
+def _simple(words: list[str]) -> list[str]:
+    while words and re.match(r"\w+=", words[0]):
+        words = words[1:]
+    redirection = next((index for index, word in enumerate(words) if set(word) <= set("<>")), len(words))
+    return words[:redirection]
+
+
+def check(words: list[str]) -> None:
+    program, *arguments = words
+    name = Path(program).name
+    if name == "gen-worker":
+        _check_gen_worker(arguments)
+    elif name in ("python", "python3") and arguments[:1] == ["-m"]:
+        _check_module(arguments[1], arguments[2:])
+    elif name == "python" and arguments:
+        assert arguments[0] == "-c" or (ROOT / arguments[0]).exists(), words
+    elif name == "make":
+        targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
+        assert {word for word in arguments if "=" not in word} <= targets, words
+    elif name == "gen-worker-supervisor":
+        assert set(arguments) <= {"--help", "--version"}, words
+    else:
+        assert name in OTHERS, f"is {name} a program that readers have? then add it to OTHERS: {words}"
+
+
+def _check_gen_worker(arguments: list[str]) -> None:
+    group = typer.main.get_command(app)
+    known = group
+    if arguments and not arguments[0].startswith("-"):
+        assert arguments[0] in group.commands, arguments  # type: ignore[attr-defined]
+        known = group.commands[arguments[0]]  # type: ignore[attr-defined]
+    options = {option for parameter in known.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    _check_options(arguments, options | {"--help"})
+
+
+def _check_module(module: str, arguments: list[str]) -> None:
+    assert find_spec(module) is not None, module
+    if module == "gen_worker.testing.mock_orchestrator":
+        _check_options(arguments, set(mock_orchestrator._parser()._option_string_actions))
+
+
+def _check_options(arguments: list[str], known: set[str]) -> None:
+    given = {word.partition("=")[0] for word in arguments if word.startswith("-") and word != "-"}
+    assert given <= known, f"{given - known} of {arguments}"
