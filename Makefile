@@ -87,8 +87,9 @@ lint-docker: $(VENV)/.installed
 format: $(VENV)/.installed ## rewrite the code as lint wants it
 	@$(BIN)/ruff check -q --fix-only && $(BIN)/ruff format -q
 
-docs: $(VENV)/.installed ## write the tables in docs/ that are made from the code
+docs: $(VENV)/.installed ## write what in docs/ is made from the code: tables, the API and the commands
 	@$(BIN)/python -m supervisor.doc_tables docs
+	@$(BIN)/python docs/generate.py
 
 proto: $(VENV)/.installed ## generate the wire code from proto/
 	@$(PROTOC) --python_out=$(GENERATED) --pyi_out=$(GENERATED) $(PROTO)

@@ -183,10 +183,23 @@ class Dispatcher:
     # -- from the executors (HandleEvents) ----------------------------------------------------
 
     def executor_ready(self, handle: ExecutorHandle) -> None:
-        self.functions.update(handle.functions)
+        self._learn(handle.functions)
         log.info("executor %s is ready: %s", handle.name, ", ".join(sorted(handle.functions)))
         self._changed()
         self.lanes.pump()
+
+    def _learn(self, served: dict[str, FunctionInfo]) -> None:
+        """What an executor serves is the latest code: functions that it changed and that no executor has any more."""
+        for name, info in served.items():
+            if self.functions.get(name, info) != info:
+                for run in self.lanes.changed(info):
+                    self._end(run, runs.busy("the models of its function changed while it waited"))
+        self.functions.update(served)
+        offered = {name for handle in self._executors() for name in handle.functions}
+        for name in self.functions.keys() - served.keys() - offered:
+            del self.functions[name]
+            for run in self.lanes.waiting_for(name):
+                self._end(run, runs.invalid("unknown function", f"{name!r} is gone since the code was replaced"))
 
     def executor_writable(self, handle: ExecutorHandle) -> None:
         log.debug("executor %s reads again", handle.name)
@@ -295,6 +308,10 @@ class Dispatcher:
         self._changed()
         self.lanes.pump()
 
+    def new_code(self) -> None:
+        """Executors are about to be replaced by ones with other code: what killed the old ones says nothing of it."""
+        self._quarantine.forgive()
+
     # -- drain --------------------------------------------------------------------------------
 
     def drain(self) -> None:
@@ -395,10 +412,14 @@ class Dispatcher:
     def _fail_stranded(self, keys: set[ModelKey], failure: Failure) -> None:
         """Runs that wait for a model that can't be loaded end with the reason, unless another executor serves them."""
         for run in self.lanes.stranded(keys):
-            if isinstance(run, SocketSession):
-                self.sockets.fail(run, failure)
-            else:
-                self._finish(run, failure)
+            self._end(run, failure)
+
+    def _end(self, run: Run, failure: Failure) -> None:
+        """End what has not started, a run or a session."""
+        if isinstance(run, SocketSession):
+            self.sockets.fail(run, failure)
+        else:
+            self._finish(run, failure)
 
     def _strike(self, run: Run) -> str:
         """Remember what an executor died under. Returns words for the message."""

@@ -113,6 +113,8 @@ class ExecutorHandle:
         self._threads = threads
         self._thread_runs = 0
         self._leaving: asyncio.TimerHandle | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._running: Counter[str] = Counter()
         self._events = events
         self._output = OutputLog(self.name)
@@ -207,6 +209,7 @@ class ExecutorHandle:
 
     def _took(self, run: Run) -> None:
         self.runs[run.key] = run
+        self._idle.clear()
         self._running[run.function] += 1
         if _takes_thread(self.functions[run.function]):
             self._thread_runs += 1
@@ -218,6 +221,18 @@ class ExecutorHandle:
         self._running[run.function] -= 1
         if _takes_thread(self.functions[run.function]):
             self._thread_runs -= 1
+        if not self.runs:
+            self._idle.set()
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Whether it has no run within timeout_s."""
+        if self._idle.is_set():
+            return True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
 
     def send_cancel(self, key: int, cause: CancelCause) -> None:
         self._send(Cancel(key, cause))

@@ -66,6 +66,22 @@ class Lanes:
         lane.waiting[run.key] = run
         self._pump_lane(lane)
 
+    def changed(self, info: FunctionInfo) -> list[Run]:
+        """A function is another than before; returns the waiting runs that were meant for its earlier models."""
+        lanes = {key: lane for key, lane in self._lanes.items() if key[0] == info.name}
+        unfit: list[Run] = []
+        for key, lane in lanes.items():
+            if lane.info.injections != info.injections:
+                unfit.extend(lane.waiting.values())
+                del self._lanes[key]
+            else:
+                lane.info, lane.limit = info, self.limit_of(info)
+        return unfit
+
+    def waiting_for(self, function: str) -> list[Run]:
+        """The runs of a function that wait, whatever their models are."""
+        return [run for (name, _), lane in self._lanes.items() if name == function for run in lane.waiting.values()]
+
     def remove(self, run: Run) -> None:
         """The run has ended, waiting or not."""
         if run.handle is None:

@@ -5,6 +5,7 @@ Owns: how many there are, when a dead one is replaced, and when a slot is given 
 1. `start` spawns all slots at once; each reports when it is ready.
 2. A dead executor is replaced at once; when it had not lived ALIVE_S, after a backoff from 1 s up to 60 s.
 3. BOOT_FAILURES deaths in a row before being ready close the slot: what it says will not change by itself.
+4. `renew` replaces one slot's executor on purpose, without backoff, and opens a closed slot again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ ALIVE_S: Final = 60.0
 """An executor that lived this long died of something new: its slot starts over without backoff."""
 BOOT_FAILURES: Final = 3
 KILL_WAIT_S: Final = 5.0
+LEAVE_S: Final = 2.0
+"""How long an executor that is renewed may take to leave once it has no run."""
 
 
 class SlotView(NamedTuple):
@@ -56,6 +59,11 @@ class _Slot:
         self.boot_failures = 0
         self.closed = False
         self.respawn: asyncio.TimerHandle | None = None
+        self.renewing = False
+        """Whether the death of its executor is wanted."""
+        self.gone = asyncio.Event()
+        self.settled = asyncio.Event()
+        """Its executor serves, or it was given up."""
 
     def delay_after_death(self, lived_s: float) -> float:
         """Seconds until the replacement starts: 0 after the first death, then 1, 2, 4 ... 60."""
@@ -130,10 +138,45 @@ class Pool:
         for slot in self._slots:
             self._spawn(slot)
 
+    async def renew(self, number: int, reason: str, drain_s: float) -> bool:
+        """Replace one slot's executor: it takes no runs, has drain_s for those that it runs, and leaves.
+
+        Returns whether a new one serves; the runs that were cut off are answered as those of any dead executor.
+        """
+        slot = self._slots[number]
+        slot.boot_failures = slot.deaths_in_a_row = 0
+        slot.closed = False
+        slot.settled.clear()
+        if slot.respawn is not None:
+            slot.respawn.cancel()
+        if slot.handle is None:
+            self._spawn(slot)
+        else:
+            await self._retire(slot, slot.handle, reason, drain_s)
+        await slot.settled.wait()
+        return not slot.closed and not self._stopping
+
+    async def _retire(self, slot: _Slot, handle: ExecutorHandle, reason: str, drain_s: float) -> None:
+        """Have an executor leave; its slot is filled again as soon as it is gone."""
+        slot.renewing = True
+        slot.gone.clear()
+        handle.drain()
+        self._events.executor_draining(handle)
+        if await handle.wait_idle(drain_s):
+            handle.shutdown()
+        else:
+            handle.kill(f"{reason}, and it had runs after {drain_s:g} s")
+        try:
+            await asyncio.wait_for(slot.gone.wait(), LEAVE_S)
+        except TimeoutError:
+            handle.kill(reason)
+            await slot.gone.wait()
+
     async def stop(self, reason: str, grace_s: float) -> None:
         """End all executors: those without runs are asked, and after grace_s the rest is killed."""
         self._stopping = True
         for slot in self._slots:
+            slot.settled.set()
             if slot.respawn is not None:
                 slot.respawn.cancel()
         for handle in self.handles:
@@ -187,13 +230,19 @@ class Pool:
 
     def _died(self, slot: _Slot, handle: ExecutorHandle, cause: ExitCause) -> None:
         slot.handle = None
+        slot.gone.set()
         was_ready = bool(handle.functions)
         if not self._stopping:
             self._observer.executor_died(handle, cause)
+        if slot.renewing and not self._stopping:
+            log.info("executor %s left (%s): its slot is filled anew", handle.name, cause)
+            self._spawn(slot)
+        elif not self._stopping:
             words = f"{handle.fatal.message} ({cause})" if handle.fatal else str(cause)
             if not was_ready:
                 self.last_reason = handle.fatal.reason if handle.fatal else ""
             self._replace(slot, words, was_ready=was_ready)
+        slot.renewing = False
         if not self.handles:
             self._empty.set()
 
@@ -201,6 +250,7 @@ class Pool:
         slot.boot_failures = 0 if was_ready else slot.boot_failures + 1
         if slot.boot_failures >= BOOT_FAILURES:
             slot.closed = True
+            slot.settled.set()
             self.last_failure = words
             log.error("executor slot %d stays down after %d failed starts: %s", slot.number, BOOT_FAILURES, words)
             if not self.open_slots:
@@ -219,7 +269,6 @@ class _SlotEvents:
         self._pool = pool
         self._slot = slot
         events = pool._events  # noqa: SLF001  (one object in two halves)
-        self.executor_ready = events.executor_ready
         self.executor_writable = events.executor_writable
         self.executor_draining = events.executor_draining
         self.run_event = events.run_event
@@ -229,6 +278,10 @@ class _SlotEvents:
         self.socket_credit = events.socket_credit
         self.model_loaded = events.model_loaded
         self.model_unloaded = events.model_unloaded
+
+    def executor_ready(self, handle: ExecutorHandle) -> None:
+        self._slot.settled.set()
+        self._pool._events.executor_ready(handle)  # noqa: SLF001
 
     def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None:
         cause = self._pool._explain(cause)  # noqa: SLF001

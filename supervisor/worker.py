@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from gen_worker.errors import ProjectError
 from gen_worker.pipe.messages import PIPE_PROTOCOL, Init
 from supervisor.auth import Auth, AuthError
 from supervisor.config import child_environment
@@ -26,9 +28,11 @@ from supervisor.oom import OomWatch, find_counter
 from supervisor.outbox import DELIVERED_S
 from supervisor.pool import Pool
 from supervisor.registration import Registration
+from supervisor.renewal import Renewal
 from supervisor.residency import Residency
 from supervisor.result_store import ResultStore
 from supervisor.session import GaveUp, Session
+from supervisor.tenant import find_tenant
 from supervisor.transport import StatusCode
 from supervisor.wiring import auth_settings, limits, open_monitoring, open_tracing, open_transport, session_settings
 
@@ -96,6 +100,7 @@ class Worker:
             explain=self._oom.explain,
             observer=observer,
         )
+        self._renewal = Renewal(lambda: self._pool, settings.drain_timeout_seconds, self._read_project)
         registration = Registration(settings, self._pool, self._dispatcher, self._residency, self._probe)
         self._session = Session(
             settings=session_settings(settings),
@@ -125,6 +130,8 @@ class Worker:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        if not _has_terminal():
+            loop.add_signal_handler(signal.SIGHUP, self._renewal.request)
         FAMILY.follow(loop)
         self._oom.start(loop)
         if self._monitoring is not None:
@@ -142,6 +149,7 @@ class Worker:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
                 signal.signal(number, signal.SIG_IGN)  # what is left takes a moment, and its exit code is known
+            loop.remove_signal_handler(signal.SIGHUP)
             self._oom.stop()
             if self._monitoring is not None:
                 await self._monitoring.stop()
@@ -170,6 +178,7 @@ class Worker:
 
     async def _shutdown(self, session: asyncio.Task[None]) -> None:
         """The one way down. Each step is cut short by a second signal."""
+        self._renewal.stop()
         # New runs are refused from here on, so what is active can only become less.
         self._dispatcher.drain()
         await self._unless_forced(self._dispatcher.wait_idle(self._settings.drain_timeout_seconds))
@@ -237,6 +246,16 @@ class Worker:
             self._forced.set()
         self._events.put_nowait(number.name)
 
+    def _read_project(self) -> bool:
+        """Which modules new executors import. False when the project says nothing that can be used."""
+        try:
+            self._modules = find_tenant(self._settings, Path(self._project_root)).modules
+        except ProjectError as error:
+            log.error("the executors stay as they are: %s", error)
+            return False
+        self._dispatcher.new_code()
+        return True
+
     def _announce(self) -> None:
         if self._pool.ready:
             self._first_ready.set()
@@ -266,3 +285,11 @@ class Worker:
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             "PYTHONUNBUFFERED": "1",
         }
+
+
+def _has_terminal() -> bool:
+    """Whether a SIGHUP says that the terminal went away, which is an end; without one it is the operator's word."""
+    try:
+        return os.isatty(0)
+    except OSError:
+        return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import typer
 
 from gen_worker._version import __version__
-from gen_worker.cli import doctor, project, top, torture
+from gen_worker.cli import doctor, init, project, run, serve, top, torture
 
 app = typer.Typer(
     help="Write, check and describe the functions that a worker runs. The worker itself is gen-worker-supervisor.",
@@ -18,8 +18,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.command()(init.init)
 app.command()(project.discover)
 app.command()(project.validate)
+app.command(epilog=run.EPILOG)(run.run)
+app.command()(serve.serve)
 app.command()(torture.torture)
 app.command()(top.top)
 app.command()(doctor.doctor)

@@ -23,8 +23,9 @@ def discover(root: Root = Path()) -> None:
 def validate(
     root: Root = Path(),
     require_uv_lock: Annotated[bool, typer.Option(help="A missing uv.lock is an error, not a warning.")] = False,  # noqa: FBT002
+    code: Annotated[bool, typer.Option(help="Import the code too, and check every function's signature.")] = True,  # noqa: FBT002
 ) -> None:
-    """Check the project's layout and its [tool.cozy]; exit 1 when something is wrong."""
+    """Check the project's layout, its [tool.cozy] and its functions; exit 1 when something is wrong."""
     from gen_worker.project import validate_project
 
     result = validate_project(root, require_uv_lock)
@@ -34,4 +35,22 @@ def validate(
         typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
     if not result.ok:
         raise typer.Exit(1)
-    typer.echo("ok")
+    functions = f": {', '.join(_function_names(root))}" if code else ""
+    typer.echo(f"ok{functions}")
+
+
+def _function_names(root: Path) -> list[str]:
+    """What discovery finds; leaves with 1 when that fails."""
+    import contextlib
+    import sys
+
+    from gen_worker.discover import discover_manifest
+    from gen_worker.errors import WorkerError
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what the modules print while they are imported
+            manifest = discover_manifest(root)
+    except WorkerError as error:
+        typer.secho(f"error: {' '.join(str(error).split())}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(1) from None
+    return [entry["name"] for entry in (*manifest["functions"], *manifest["websockets"])]

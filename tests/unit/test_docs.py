@@ -1,86 +1,165 @@
-"""The documentation of operation is as the code is, and its links lead somewhere."""
+"""What the documentation shows: Python blocks run, commands exist with their options, links lead somewhere."""
 
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args
+from types import ModuleType
+from typing import Final
 
 import pytest
+import typer
 
-from gen_worker.pipe.messages import ErrorType
-from supervisor.doc_tables import TABLES, main, rendered, tables_in
-from supervisor.exit_codes import ExitCode
-from supervisor.settings import VARIABLES
-from supervisor.status import Status
+from gen_worker.cli import app
+from gen_worker.testing.mock_orchestrator import cli as mock_orchestrator
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
-
-
-def section(page: str, heading: str) -> str:
-    """The text below a heading, up to the next of its level or above."""
-    text = (ROOT / "docs" / page).read_text()
-    found = re.search(rf"^(#+) {re.escape(heading)}\n(.*?)(?=^#{{1,2}} |\Z)", text, re.MULTILINE | re.DOTALL)
-    assert found, f"{page} has no section {heading!r}"
-    return found[2]
+ROOT: Final = Path(__file__).parent.parent.parent
+PAGES: Final = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+OTHERS: Final = frozenset({
+    "cd", "curl", "docker", "echo", "export", "git", "kill", "kubectl", "mkdir", "pip", "pytest", "ssh", "uv",
+})  # fmt: skip
+"""Programs that a block may call and that are not ours to check."""
+_BLOCK: Final = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_LINK: Final = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_tables_are_fresh(path: Path) -> None:
-    page = path.read_text()
-    assert rendered(page) == page, f"{path.name} is stale, run: make docs"
+def blocks(path: Path, language: str) -> list[str]:
+    return [text for kind, text in _BLOCK.findall(path.read_text("utf-8")) if kind == language]
 
 
-def test_each_table_stands_somewhere() -> None:
-    assert sorted(name for path in PAGES for name in tables_in(path.read_text())) == sorted(TABLES)
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
-def test_a_stale_table_is_found_and_written(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- table: exit codes -->\nold\n<!-- end -->\nafter\n")
-    main(tmp_path)
-    assert "| 78 | `CONFIG` |" in page.read_text()
-    assert page.read_text().startswith("before\n")
-    assert page.read_text().endswith("after\n")
-    assert "old" not in page.read_text()
+def having(language: str) -> list[Path]:
+    return [path for path in PAGES if blocks(path, language)]
 
 
-def test_every_exit_code_says_what_to_do() -> None:
-    rows = section("operations.md", "What to do about an exit code")
-    assert {f"`{code.name}`" for code in ExitCode} <= set(re.findall(r"`[A-Z_]+`", rows))
+@pytest.mark.parametrize("path", having("python"), ids=name_of)
+def test_python_blocks_run_in_their_order(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one page are one program, whose annotations resolve as those of a module do."""
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType(f"page_{path.stem.replace('-', '_').lower()}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for number, text in enumerate(blocks(path, "python"), 1):
+        exec(compile(text, f"{path.name}, block {number}", "exec"), vars(module))
 
 
-def test_every_error_type_says_what_to_do() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|", section("operations.md", "Error types of a run"), re.MULTILINE)
-    assert sorted(rows) == sorted(get_args(ErrorType))
+@pytest.mark.parametrize("path", having("sh"), ids=name_of)
+def test_commands_of_shell_blocks_exist(path: Path) -> None:
+    for text in blocks(path, "sh"):
+        syntax = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, timeout=20, check=False)
+        assert syntax.returncode == 0, syntax.stderr
+        for words in commands(text):
+            check(words)
 
 
-def test_every_part_of_the_status_is_described() -> None:
-    text = section("operations.md", "/status")
-    assert set(Status.__struct_fields__) <= set(re.findall(r"`(\w+)`", text))
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_to_files_lead_to_files(path: Path) -> None:
+    links = [link for link in _LINK.findall(path.read_text("utf-8")) if "://" not in link]
+    assert [link for link in links if not (path.parent / link).exists()] == []
 
 
-def test_variables_that_are_spoken_of_exist() -> None:
-    known = {name for variable in VARIABLES.values() for name in (variable.env, variable.older_name) if name}
-    known |= {code.name for code in ExitCode}
-    prefixes = {name.rpartition("_")[0] for name in known} | {"COZY_HF", "RECONNECT", "WORKER_FAKE_GPU"}
-    for path in [*(ROOT / "docs").glob("*.md"), ROOT / "SECURITY.md"]:
-        spoken = set(
-            re.findall(r"\b((?:WORKER|SCHEDULER|RECONNECT|HEARTBEAT|COZY|AUTH)_[A-Z0-9_]+)\b", path.read_text())
-        )
-        assert not {name for name in spoken if name.rstrip("_") not in known | prefixes}, path.name
+def test_the_generated_pages_are_fresh() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/generate.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(path: Path) -> None:
-    for target in LINK.findall(path.read_text()):
-        if "://" in target or target.startswith("mailto:"):
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("cd x && gen-worker run f a=1 | jq . # why\n", [["cd", "x"], ["gen-worker", "run", "f", "a=1"], ["jq", "."]]),
+        ("A=1 B='x y' \\\n  make test\n", [["make", "test"]]),
+        ("MODEL=$(python -c 'import x')\n", []),
+        ("curl -d '{\"a\": 1}' x > y\n", [["curl", "-d", '{"a": 1}', "x"]]),
+    ],
+)
+def test_the_reader_of_shell_blocks(text: str, found: list[list[str]]) -> None:
+    assert list(commands(text)) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["gen-worker nonsense", "gen-worker run f --nonsense", "make nonsense", "python -m gen_worker.nonsense", "nonsense",
+     "python -m gen_worker.testing.mock_orchestrator --nonsense"],
+)  # fmt: skip
+def test_what_does_not_exist_is_noticed(text: str) -> None:
+    with pytest.raises(AssertionError):
+        check(shlex.split(text))
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The simple commands, without assignments, redirections and comments. $(...) is not looked into."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if re.match(r"\s*\w+=\$\(.*\)\s*$", line):
             continue
-        file, _, anchor = target.partition("#")
-        page = (path.parent / file).resolve() if file else path
-        assert page.exists(), f"{path.name}: {target}"
-        if anchor:
-            headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}, target
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&<>")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if word in (";", "|", "&", "&&", "||"):
+                yield from [words] if (words := _simple(words)) else []
+                words = []
+            else:
+                words.append(word)
+
+
+def _simple(words: list[str]) -> list[str]:
+    while words and re.match(r"\w+=", words[0]):
+        words = words[1:]
+    redirection = next((index for index, word in enumerate(words) if set(word) <= set("<>")), len(words))
+    return words[:redirection]
+
+
+def check(words: list[str]) -> None:
+    program, *arguments = words
+    name = Path(program).name
+    if name == "gen-worker":
+        _check_gen_worker(arguments)
+    elif name in ("python", "python3") and arguments[:1] == ["-m"]:
+        _check_module(arguments[1], arguments[2:])
+    elif name == "python" and arguments:
+        assert arguments[0] == "-c" or (ROOT / arguments[0]).exists(), words
+    elif name == "make":
+        targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
+        assert {word for word in arguments if "=" not in word} <= targets, words
+    elif name == "gen-worker-supervisor":
+        assert set(arguments) <= {"--help", "--version"}, words
+    else:
+        assert name in OTHERS, f"is {name} a program that readers have? then add it to OTHERS: {words}"
+
+
+def _check_gen_worker(arguments: list[str]) -> None:
+    group = typer.main.get_command(app)
+    known = group
+    if arguments and not arguments[0].startswith("-"):
+        assert arguments[0] in group.commands, arguments  # type: ignore[attr-defined]
+        known = group.commands[arguments[0]]  # type: ignore[attr-defined]
+    options = {option for parameter in known.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    _check_options(arguments, options | {"--help"})
+
+
+def _check_module(module: str, arguments: list[str]) -> None:
+    assert find_spec(module) is not None, module
+    if module == "gen_worker.testing.mock_orchestrator":
+        _check_options(arguments, set(mock_orchestrator._parser()._option_string_actions))
+
+
+def _check_options(arguments: list[str], known: set[str]) -> None:
+    given = {word.partition("=")[0] for word in arguments if word.startswith("-") and word != "-"}
+    assert given <= known, f"{given - known} of {arguments}"

@@ -130,15 +130,19 @@ class RunHandle:
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         """The decoded deltas, from the first one on, until a result is here (which is for `result` to judge)."""
+        async for event in self.stream():
+            if event.type == DELTA_EVENT:
+                yield event.payload
+
+    async def stream(self) -> AsyncIterator[RunEvent]:
+        """The events, from the first one on, until a result is here."""
         if not self._keep_events:
-            raise MockOrchestratorError(f"{self!r}: its deltas were not kept; run it with keep_events=True")
+            raise MockOrchestratorError(f"{self!r}: its events were not kept; run it with keep_events=True")
         position = 0
         while True:
             while position < len(self.events):
-                event = self.events[position]
                 position += 1
-                if event.type == DELTA_EVENT:
-                    yield event.payload
+                yield self.events[position - 1]
             if self.results:
                 return
             await self._next_news()
