@@ -21,6 +21,7 @@ import pytest
 
 from gen_worker.testing.mock_orchestrator import RunHandle
 from gen_worker.wire import worker_scheduler_pb2 as pb
+from supervisor.backlog import RUNS_BYTES
 from tests.support.worker_process import Chain, chain
 
 TENANT: dict[str, Any] = {"tenant": "delivery", "modules": "delivery_functions"}
@@ -172,6 +173,20 @@ async def test_a_flood_of_runs_on_a_slow_function(tmp_path: Path, count: int, si
         await sending
         outputs = await asyncio.gather(*(handle.output(500) for handle in flood))
         assert {output["number"] for output in outputs} == {size}
+
+
+async def test_a_cancel_behind_a_full_backlog_is_seen(tmp_path: Path) -> None:
+    """It lies behind what is over the bound, and the run that it is for is the one that holds all up."""
+    async with measured() as (c, _):
+        stuck = await c.run("one_at_a_time", {"file": str(tmp_path / "never")})
+        payload = msgspec.msgpack.encode({"data": os.urandom(MIB)})
+        flood = [await c.run("one_at_a_time", payload) for _ in range(RUNS_BYTES // MIB + 2)]
+        await c.worker.wait_for_log("nothing more is read")
+        await stuck.cancel()
+        assert (await stuck.result(60)).error_type == "canceled"
+        for handle in flood:
+            await handle.output(60)
+        assert not c.worker.lines("more are answered `worker busy`"), "it was read only at the standstill"
 
 
 async def test_large_payloads_and_large_results_together() -> None:
