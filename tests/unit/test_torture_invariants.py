@@ -98,7 +98,7 @@ class TestAcceptance:
         world.run(run_id="alive", streams=(2,))
         world.history.starts["began"] = 1
         assert accepted_runs(world.history) == {"before", "answered", "began", "alive"}
-        assert [run.run_id for run in unanswered(world.history)] == ["before", "began", "alive"]
+        assert [run.run_id for run in unanswered(world.history, BOUNDS)] == ["before", "began", "alive"]
 
     def test_an_accepted_run_without_a_result_is_lost(self, world: World) -> None:
         world.run()
@@ -118,6 +118,21 @@ class TestAcceptance:
         world.run()
         world.run(result(), streams=(0, 1))
         assert accepted_runs(world.history) == {"r1"}
+
+    @pytest.mark.parametrize(("ended", "lost"), [(None, False), (3.5, False), (2.0, True)])
+    def test_what_goes_with_a_killed_supervisor_and_what_does_not(
+        self, world: World, ended: float | None, lost: bool
+    ) -> None:
+        run = world.run(*deltas(0), count=1)
+        world.history.kills = [4.0]
+        if ended is not None:
+            world.history.ends[run.run_id] = ended
+        assert world.rules() == ["lost"] * lost
+
+    def test_what_was_sent_after_the_kill_is_the_next_ones(self, world: World) -> None:
+        world.run(*deltas(0), count=1)
+        world.history.kills = [0.5]
+        assert world.rules() == ["lost"]
 
 
 class TestOneResult:
@@ -172,6 +187,24 @@ class TestOrder:
 
 
 class TestDeltas:
+    @pytest.mark.parametrize("said", [0, 1])
+    def test_a_step_back_where_the_worker_saw_that_nobody_read(self, world: World, said: int) -> None:
+        world.history.resendings = said
+        arrivals = [*deltas(0, 1), completed(), result(), *deltas(1, stream=1), completed(1), result(stream=1)]
+        world.run(*arrivals, count=2)
+        assert world.rules() == ["deltas"] * (1 - said)
+
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_a_gap_in_what_must_be_whole(self, world: World, whole: bool) -> None:
+        run = world.run(*deltas(0), *deltas(2, stream=1), completed(1), result(stream=1), count=3)
+        run.request = replace(run.request, whole=whole)
+        assert world.rules() == ["deltas"] * whole
+
+    def test_an_end_that_is_missing_from_what_must_be_whole(self, world: World) -> None:
+        run = world.run(*deltas(0), result(stream=1), count=3)
+        run.request = replace(run.request, whole=True)
+        assert world.rules() == ["deltas"]
+
     @pytest.mark.parametrize(
         "arrivals",
         [
@@ -320,6 +353,7 @@ def test_the_report_counts_and_names_the_seed(world: World) -> None:
         seconds=30,
         faults={"garbage": 2},
         executors_lost=1,
+        lost=len(unanswered(world.history, BOUNDS)),
         violations=check(world.history, BOUNDS),
         reproduce="gen-worker torture --seed 7",
     )

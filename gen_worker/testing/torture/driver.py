@@ -27,8 +27,15 @@ from gen_worker.testing.torture import functions
 from gen_worker.testing.torture.faults import BACK_S, StreamFaults
 from gen_worker.testing.torture.history import History, Light, Run
 from gen_worker.testing.torture.invariants import Bounds, bound_of, check, unanswered
-from gen_worker.testing.torture.options import DRAIN_S, GRACE_S, Options, command_line, worker_environment
-from gen_worker.testing.torture.plan import LONG_TIMEOUT_MS, HurtProcess, HurtStream, Send, make_plan
+from gen_worker.testing.torture.options import (
+    DRAIN_S,
+    GRACE_S,
+    Options,
+    command_line,
+    keeps_results,
+    worker_environment,
+)
+from gen_worker.testing.torture.plan import LONG_TIMEOUT_MS, HurtProcess, HurtStream, ProcessFault, Send, make_plan
 from gen_worker.testing.torture.processes import WorkerProcess
 from gen_worker.testing.torture.report import Report, summarize
 from gen_worker.testing.torture.requests import (
@@ -42,6 +49,7 @@ from gen_worker.testing.torture.requests import (
     probe,
     read_payloads,
     short_rest,
+    with_model,
 )
 from gen_worker.testing.torture.scheduler import Scheduler
 
@@ -85,6 +93,7 @@ async def torture(options: Options, say: Callable[[str], None]) -> Report:
         light.close(time.monotonic())
         if history.has_ledger:
             history.starts = _ledger(Path(folder) / functions.LEDGER)
+            history.ends = _end_times(Path(folder) / functions.ENDS)
         return one.judge()
 
 
@@ -93,6 +102,14 @@ def _ledger(path: Path) -> dict[str, int]:
         return Counter(path.read_text().split())
     except FileNotFoundError:  # no function began
         return {}
+
+
+def _end_times(path: Path) -> dict[str, float]:
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:  # none ended
+        return {}
+    return {run_id: float(at) for run_id, at in (line.split() for line in lines)}
 
 
 class _Torture:
@@ -152,6 +169,7 @@ class _Torture:
             seconds=self._options.seconds,
             faults=self._faults,
             executors_lost=max(0, self._worker.executors_seen - self._executors),
+            lost=len(self._unanswered()),
             violations=check(self._history, self._bounds),
             reproduce=command_line(self._options),
         )
@@ -194,6 +212,8 @@ class _Torture:
                     if self._stream_faults_waiting < _WAITING_FAULTS:
                         self._stream_faults_waiting += 1
                         self._hurt(self._hurt_stream(action))
+                case HurtProcess(fault=ProcessFault.KILL_SUPERVISOR) if not keeps_results(self._options):
+                    pass
                 case HurtProcess():
                     self._hurt(self._hurt_process(action))
         await asyncio.wait({asyncio.ensure_future(asyncio.sleep(0)), *self._hurting}, timeout=2 * BACK_S)
@@ -245,8 +265,11 @@ class _Torture:
     async def _settle(self) -> None:
         """Until every accepted run is answered. What is not answered in its time, the check will find."""
         await self._stream_faults.wait_back("at the end")
-        longest = max((bound_of(run, self._bounds) for run in unanswered(self._history)), default=0.0)
-        await _until(lambda: not self._scheduler.backlog and not unanswered(self._history), BACK_S + longest)
+        longest = max((bound_of(run, self._bounds) for run in self._unanswered()), default=0.0)
+        await _until(lambda: not self._scheduler.backlog and not self._unanswered(), BACK_S + longest)
+
+    def _unanswered(self) -> list[Run]:
+        return unanswered(self._history, self._bounds)
 
     async def _prove_it_serves(self) -> None:
         await _until(lambda: len(self._worker.executors()) >= self._executors, ALL_BACK_S)
@@ -262,7 +285,21 @@ class _Torture:
                 self._history.trouble.append(
                     f"the worker does not serve at the end: {kind} of a {run.request.function}"
                 )
+        if self._history.has_ledger:
+            await self._prove_it_loads_models()
         self._history.peaks.fds_at_end = self._worker.descriptors()
+
+    async def _prove_it_loads_models(self) -> None:
+        """After all the commands of the torture, of which some had no answer since their stream broke."""
+        for command in ("load", "unload", "load"):
+            error = await self._scheduler.command_model(command, functions.MODEL, LONG_TIMEOUT_MS / 1000)
+            if error:
+                self._history.trouble.append(f"at the end it does not {command} a model: {error}")
+        run = self._ask(with_model)
+        await _until(lambda: any(run.results), LONG_TIMEOUT_MS / 1000)
+        kinds = [result.outcome.kind for result in run.results if result.outcome]
+        if kinds[:1] != [SUCCESS]:
+            self._history.trouble.append(f"at the end a run with a model ends {kinds or 'not at all'}")
 
     def _probe(self, run_id: str) -> Request:
         return probe(run_id) if self._history.has_ledger else self._own_request(run_id)

@@ -15,8 +15,10 @@ from typing import Final
 import grpc
 
 from gen_worker.testing.mock_orchestrator import ListenError, StreamEndedError, WorkerConnection
-from gen_worker.testing.torture.history import History, Light
-from gen_worker.testing.torture.plan import HurtStream, StreamFault
+from gen_worker.testing.torture import functions
+from gen_worker.testing.torture.history import History, Light, Run
+from gen_worker.testing.torture.plan import LONG_TIMEOUT_MS, HurtStream, StreamFault
+from gen_worker.testing.torture.requests import flood
 from gen_worker.testing.torture.scheduler import Meet, Scheduler
 from gen_worker.wire import NOT_LEADER_PREFIX
 from gen_worker.wire import worker_scheduler_pb2 as pb
@@ -27,6 +29,9 @@ BACK_S: Final = 30.0
 """Within which a worker must be registered again. Its reconnects are set to 0.5 s at most, but where neither side reads
 it looks for the end of the stream only every 10 s."""
 
+_BEGIN_S: Final = 5.0
+_FILL_S: Final = 1.5
+"""For the windows to fill, and for the worker to see that nothing is taken."""
 _UNREAD: Final = "the stream is not read"
 _ABORTS: Final = (
     grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -60,6 +65,8 @@ class StreamFaults:
             StreamFault.WRONG_WAY: self._wrong_way,
             StreamFault.CANCEL_UNKNOWN: self._cancel_unknown,
             StreamFault.UNREAD: self._stop_reading,
+            StreamFault.UNREAD_CUT: self._stop_reading_then_cut,
+            StreamFault.MODEL_COMMANDS: self._command_models,
             StreamFault.RESTART: self._restart,
             StreamFault.REFUSE: self._refuse,
             StreamFault.REFUSE_TOKEN: self._refuse_token,
@@ -139,6 +146,34 @@ class StreamFaults:
             connection.resume_reading()
             self._light.brighten(_UNREAD, time.monotonic())
 
+    async def _stop_reading_then_cut(self, connection: WorkerConnection, action: HurtStream, rng: Random) -> None:
+        """The streams of its floods must be whole in the end: the worker can tell that nobody read."""
+        floods = [self._flood(f"{action.seed:x}-{number}") for number in range(4)] if self._history.has_ledger else []
+        await _until(lambda: any(any(run.arrivals) for run in floods) or not connection.live, _BEGIN_S)
+        self._light.dim(_UNREAD, time.monotonic())
+        connection.pause_reading()
+        try:
+            await asyncio.sleep(_FILL_S + rng.random())
+            connection.drop()
+        finally:
+            connection.resume_reading()
+            self._light.brighten(_UNREAD, time.monotonic())
+        await self.wait_back("after a cut of a stream that was not read")
+        await _until(lambda: all(any(run.results) for run in floods), BACK_S)  # no other fault meanwhile
+
+    def _flood(self, run_id: str) -> Run:
+        return self._scheduler.send(run_id, flood(run_id), LONG_TIMEOUT_MS)
+
+    async def _command_models(self, connection: WorkerConnection, action: HurtStream, rng: Random) -> None:
+        """Loads and unloads in any order, of a model that there is and of one that there is not."""
+        for _ in range(action.times * 2):
+            model_id = rng.choice((functions.MODEL, functions.MODEL, "no-such-model", ""))
+            if rng.random() < 0.5:  # noqa: PLR2004  (a coin)
+                message = pb.WorkerSchedulerMessage(load_model_cmd=pb.LoadModelCommand(model_id=model_id))
+            else:
+                message = pb.WorkerSchedulerMessage(unload_model_cmd=pb.UnloadModelCommand(model_id=model_id))
+            await connection.send(message)
+
     async def _restart(self, _connection: WorkerConnection, action: HurtStream, rng: Random) -> None:
         leader = self._scheduler.leader
         await leader.stop(rng.choice((0.0, 0.05)))
@@ -193,6 +228,13 @@ class StreamFaults:
     async def _flap(self, connection: WorkerConnection, action: HurtStream, _rng: Random) -> None:
         self._scheduler.meet(*[WorkerConnection.drop] * action.times)
         connection.drop()
+
+
+async def _until(check: Callable[[], bool], within_s: float) -> None:
+    """Wait until `check()`, at most that long; what did not come to be, the invariants will find."""
+    end = time.monotonic() + within_s
+    while not check() and time.monotonic() < end:  # noqa: ASYNC110  (what arrives announces nothing)
+        await asyncio.sleep(0.02)
 
 
 def _end_with(code: grpc.StatusCode, details: str = "torture") -> Meet:

@@ -16,15 +16,21 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
 from gen_worker import ActionContext, ResourceRequirements, worker_function
 from gen_worker.errors import AuthError, FatalError, ResourceError, RetryableError, ValidationError
+from gen_worker.injection import ModelRef, ModelRefSource
 
 LEDGER: Final = "torture-started"
+ENDS: Final = "torture-ended"
+"""Where functions that end by themselves say when (monotonic seconds, which are the system's): `run_id time`."""
 CHILD_PROGRAM: Final = "/bin/sleep"
+MODEL: Final = "torture-model"
+"""The label of the model, and its id."""
+WEIGHTS_FILE: Final = "weights.txt"
 CHILD_S: Final = 3600
 """How long a process that a function left behind would live."""
 
@@ -66,6 +72,18 @@ class Done(msgspec.Struct):
     nonce: str
 
 
+class Weights:
+    """A model: one file, and a moment to load it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @classmethod
+    def from_pretrained(cls, path: str, *, local_files_only: bool = True) -> Weights:  # noqa: ARG003  (the convention's)
+        time.sleep(0.02)
+        return cls(Path(path, WEIGHTS_FILE).read_text())
+
+
 @lru_cache(maxsize=1)
 def _ledger() -> int:
     return os.open(LEDGER, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -76,9 +94,19 @@ def _begin(ctx: ActionContext) -> None:
     os.write(_ledger(), f"{ctx.run_id}\n".encode())
 
 
+@lru_cache(maxsize=1)
+def _ends() -> int:
+    return os.open(ENDS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+
+def _end(ctx: ActionContext) -> None:
+    os.write(_ends(), f"{ctx.run_id} {time.monotonic()}\n".encode())
+
+
 @worker_function()
 def torture_echo(ctx: ActionContext, payload: Echo) -> Echo:
     _begin(ctx)
+    _end(ctx)
     return payload
 
 
@@ -86,6 +114,7 @@ def torture_echo(ctx: ActionContext, payload: Echo) -> Echo:
 async def torture_aecho(ctx: ActionContext, payload: Echo) -> Echo:
     _begin(ctx)
     await asyncio.sleep(0)
+    _end(ctx)
     return payload
 
 
@@ -118,6 +147,7 @@ def torture_rest(ctx: ActionContext, payload: Wait) -> Done:
     """Waits as a function should: it looks at its context."""
     _begin(ctx)
     ctx.done().wait(payload.seconds)
+    _end(ctx)
     return Done(payload.nonce)
 
 
@@ -191,6 +221,17 @@ def torture_litter(ctx: ActionContext, payload: Litter) -> Done:
         start_new_session=payload.escapes,
     )
     return Done(payload.nonce)
+
+
+@worker_function()
+def torture_model(
+    ctx: ActionContext, payload: Done, weights: Annotated[Weights, ModelRef(ModelRefSource.DEPLOYMENT, MODEL)]
+) -> Done:
+    """Needs a model, which is loaded and unloaded under it all the time."""
+    _begin(ctx)
+    if weights.text != MODEL:
+        raise FatalError(f"the model has {weights.text!r} in it")
+    return payload
 
 
 @worker_function()

@@ -113,10 +113,16 @@ class History:
     """What the worker did against the protocol of a stream, in words."""
     starts: dict[str, int] = field(default_factory=dict)
     """run_id -> how often its function began, by the functions' own ledger."""
+    ends: dict[str, float] = field(default_factory=dict)
+    """run_id -> when its function ended, as far as functions say it."""
+    kills: list[float] = field(default_factory=list)
+    """When the supervisor was killed: what runs had not been answered by then may have gone with it."""
     has_ledger: bool = True
     """False: the functions are a tenant's own, and `starts` says nothing."""
     stopped_at: float | None = None
     """When the worker was told to stop: from then on it may answer `worker busy`."""
+    resendings: int = 0
+    """How often the worker said that it sends events again."""
     trouble: list[str] = field(default_factory=list)
     """What the onlooker saw go wrong with processes, in words."""
     peaks: Peaks = field(default_factory=Peaks)

@@ -5,8 +5,12 @@ Owns: the rules. Pure. What a rule can't decide, it lets pass:
 - A request that was written on a stream which then broke may never have reached the worker. It counts as accepted when
   anything came for it, when its function began (the ledger), when its stream lives, or when something came for a
   request that was written after it on the same stream.
-- What a worker had handed to a stream that broke is lost to everybody. Results are sent again; of events, a gap is
-  let pass where a stream ended, and nowhere else.
+- What a worker had handed to a stream that broke is lost to everybody. Results are sent again, events only if the
+  stream was not read, which the worker then says. So of deltas, a gap or a step back is let pass where a stream ended,
+  and nowhere else; no more streams may begin with a step back than the worker spoke of; and there is no gap at all in
+  a run that is `whole`, whose stream was cut by a scheduler that had stopped reading.
+- What was not answered when the supervisor was killed may have gone with it, unless the function had ended a second
+  before.
 - A request that was sent several times may be run again when a copy reaches the worker after the first one's end.
 """
 
@@ -42,7 +46,9 @@ class Bounds:
     supervisor_rss: int = 200 * 2**20
     executor_rss: int = 200 * 2**20
     """0: not judged."""
-    more_fds: int = 8
+    more_fds: int = 4
+    kept_s: float = 1.0
+    """Within which a result must be on disk."""
     """What the supervisor may have more at the end than at the start."""
 
 
@@ -65,10 +71,11 @@ def check(history: History, bounds: Bounds) -> list[Violation]:
     found += [
         Violation("lost", f"{_named(run)} was accepted and has no result")
         for run in history.runs.values()
-        if run.run_id in accepted and not any(run.results)
+        if run.run_id in accepted and not any(run.results) and not _may_be_gone(run, history, bounds)
     ]
     for run in history.runs.values():
         found += [Violation("late", f"{_named(run)} {text}") for text in _lateness(run, history, bounds)]
+    found += _repeats(history)
     found += _resources(history, bounds)
     return found
 
@@ -77,6 +84,17 @@ def _strays(history: History) -> Iterator[Violation]:
     yield from (Violation("stray", text) for text in history.strays)
     yield from (Violation("protocol", text) for text in history.offences)
     yield from (Violation("process", text) for text in history.trouble)
+
+
+def _repeats(history: History) -> Iterator[Violation]:
+    """Events come again only when the worker has seen that they were not read."""
+    streams = set()
+    for run in history.runs.values():
+        if run.request.deltas is not None and not _may_run_again(run):
+            places = [(arrival.place, arrival.stream) for arrival in in_order(run) if arrival.what is What.DELTA]
+            streams |= {later[1] for one, later in pairwise(places) if later[0] <= one[0] and later[1] != one[1]}
+    if len(streams) > history.resendings:
+        yield Violation("deltas", f"{len(streams)} streams repeat some, the worker meant to on {history.resendings}")
 
 
 # -- acceptance ---------------------------------------------------------------------------------------
@@ -101,10 +119,23 @@ def accepted_runs(history: History) -> set[str]:
     }
 
 
-def unanswered(history: History) -> list[Run]:
-    """Accepted runs that have no result (yet)."""
+def unanswered(history: History, bounds: Bounds) -> list[Run]:
+    """Accepted runs that have no result (yet) and must have one."""
     accepted = accepted_runs(history)
-    return [run for run in history.runs.values() if run.run_id in accepted and not any(run.results)]
+    return [
+        run
+        for run in history.runs.values()
+        if run.run_id in accepted and not any(run.results) and not _may_be_gone(run, history, bounds)
+    ]
+
+
+def _may_be_gone(run: Run, history: History, bounds: Bounds) -> bool:
+    """Whether it may have gone with a supervisor: unless its result was on disk by then."""
+    killed = [at for at in history.kills if any(writing.at <= at for writing in run.writings)]
+    if not killed:
+        return False
+    ended = history.ends.get(run.run_id)
+    return ended is None or all(ended > at - bounds.kept_s for at in killed)
 
 
 # -- rules for one run --------------------------------------------------------------------------------
@@ -139,16 +170,18 @@ def _order(run: Run, _history: History) -> Iterator[str]:
     """All events before the result; an incremental run's last event says how it ended."""
     if _may_run_again(run):
         return
-    arrivals = in_order(run)
-    first = next((place for place, arrival in enumerate(arrivals) if arrival.what is What.RESULT), None)
-    if first is None:
-        return
-    late = [arrival for arrival in arrivals[first:] if arrival.what is not What.RESULT]
-    if late:
-        yield f"has {len(late)} events after its result, the first a {late[0].what.value}"
-    if not run.request.incremental or arrivals[first].outcome is None:
-        return
-    yield from _end_of_stream(arrivals[:first], arrivals[first])
+    for stream, arrivals in by_stream(run).items():
+        first = next((place for place, arrival in enumerate(arrivals) if arrival.what is What.RESULT), None)
+        if first is None:
+            continue
+        late = [arrival for arrival in arrivals[first:] if arrival.what is not What.RESULT]
+        if late:
+            yield f"has {len(late)} events after its result on stream {stream}, the first a {late[0].what.value}"
+        if run.request.incremental and arrivals[first].outcome is not None:
+            yield from _end_of_stream(arrivals[:first], arrivals[first])
+    last = in_order(run)[-1:]
+    if any(run.results) and last[0].what is not What.RESULT and all(r.stream < last[0].stream for r in run.results):
+        yield f"has events after its result, on stream {last[0].stream}"
 
 
 def _end_of_stream(events: Sequence[Arrival], result: Arrival) -> Iterator[str]:
@@ -156,14 +189,19 @@ def _end_of_stream(events: Sequence[Arrival], result: Arrival) -> Iterator[str]:
     success = result.outcome is not None and result.outcome.kind == SUCCESS
     if success and any(event.what is What.ERROR for event in ends):
         yield "succeeded after output.error"
-    same_stream = bool(events) and events[-1].stream == result.stream
-    if success and same_stream and events[-1].what is not What.COMPLETED:
+    if success and events and events[-1].what is not What.COMPLETED:
         yield f"succeeded and its last event is a {events[-1].what.value}, not output.completed"
     if len(ends) > 1:
         yield f"has {len(ends)} ends of its output"
 
 
-def _deltas(run: Run, _history: History) -> Iterator[str]:
+def _is_whole(run: Run, history: History) -> bool:
+    """Events are not kept on disk."""
+    end = max(arrival.at for arrival in run.arrivals)
+    return run.request.whole and not any(run.writings[0].at <= at <= end for at in history.kills)
+
+
+def _deltas(run: Run, history: History) -> Iterator[str]:
     """In order, none twice, none missing where no stream ended in between."""
     wanted = run.request.deltas
     if wanted is None or _may_run_again(run) or not run.writings:
@@ -175,15 +213,18 @@ def _deltas(run: Run, _history: History) -> Iterator[str]:
         yield "got a delta of another run"
         return
     for (stream, index), (next_stream, following) in pairwise(seen):
-        if following <= index:
-            yield f"got delta {following} after delta {index}"
-        elif following != index + 1 and stream == next_stream:
+        if following == index + 1:
+            continue
+        if stream == next_stream:
             yield f"got delta {following} after delta {index} on one stream"
-    result = next((arrival for arrival in arrivals if arrival.what is What.RESULT), None)
+        elif following > index + 1 and _is_whole(run, history):
+            yield f"got delta {following} after delta {index}, though the stream between was not read"
+    result = next((arrival for arrival in reversed(arrivals) if arrival.what is What.RESULT), None)
     if result is None or result.outcome is None or result.outcome.kind != SUCCESS:
         return
     stream, index = seen[-1]
-    if index >= wanted or (index < wanted - 1 and stream == result.stream):
+    complete = stream == result.stream or _is_whole(run, history)
+    if index >= wanted or (index < wanted - 1 and complete):
         yield f"succeeded with {wanted} deltas, the last that came is number {index} (of 0 to {wanted - 1})"
 
 
@@ -244,6 +285,14 @@ _PER_RUN: Final[dict[str, Callable[[Run, History], Iterator[str]]]] = {
     "deltas": _deltas,
     "outcome": _outcome,
 }
+
+
+def by_stream(run: Run) -> dict[int, list[Arrival]]:
+    """A run's messages by the stream that they came on."""
+    found: dict[int, list[Arrival]] = {}
+    for arrival in run.arrivals:
+        found.setdefault(arrival.stream, []).append(arrival)
+    return found
 
 
 def in_order(run: Run) -> list[Arrival]:

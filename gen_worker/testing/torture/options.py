@@ -5,6 +5,7 @@ Owns: the options, the worker's environment, and the command that does the same 
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,6 +59,11 @@ class Options:
         )
 
 
+def keeps_results(options: Options) -> bool:
+    """Whether results are kept on disk: with every other seed. Only then may the supervisor itself be killed."""
+    return options.project is None and options.seed % 2 == 1
+
+
 def worker_environment(options: Options, addresses: Sequence[str], folder: Path) -> dict[str, str]:
     """What goes over the worker's environment. `addresses` are the schedulers', `folder` is for files of runs."""
     overrides = {
@@ -72,8 +78,7 @@ def worker_environment(options: Options, addresses: Sequence[str], folder: Path)
         "WORKER_ID": "tortured",
         "WORKER_HTTP_ADDR": "",
         "WORKER_RUN_DIR": str(folder / "run"),
-        # With every other seed results are kept on disk too, which must make no difference here.
-        "WORKER_OUTBOX_DIR": str(folder / "outbox") if options.seed % 2 else "",
+        "WORKER_OUTBOX_DIR": str(folder / "outbox") if keeps_results(options) else "",
         "WORKER_EXECUTORS": str(EXECUTORS),
         "WORKER_CANCEL_GRACE_SECONDS": str(GRACE_S),
         "WORKER_DRAIN_TIMEOUT_SECONDS": str(DRAIN_S),
@@ -83,7 +88,11 @@ def worker_environment(options: Options, addresses: Sequence[str], folder: Path)
     }
     if options.project is None:
         # Simulated devices: the same number of executors on every host, and none of them near a real GPU.
+        model = folder / functions.MODEL
+        model.mkdir()
+        (model / functions.WEIGHTS_FILE).write_text(functions.MODEL)
         overrides |= {
+            "WORKER_MODEL_ARTIFACTS_JSON": json.dumps({functions.MODEL: {"root_dir": str(model)}}),
             "USER_MODULES": functions.__name__,
             "WORKER_MANIFEST": "",
             "WORKER_EXECUTOR_UID": "",

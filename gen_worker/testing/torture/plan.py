@@ -31,6 +31,8 @@ class StreamFault(StrEnum):
     WRONG_WAY = "message of a worker"
     CANCEL_UNKNOWN = "cancel of an unknown run"
     UNREAD = "stopped reading"
+    UNREAD_CUT = "stopped reading, then cut"
+    MODEL_COMMANDS = "model commands"
     RESTART = "scheduler restarted"
     REFUSE = "refused at connect"
     REFUSE_TOKEN = "token refused"  # noqa: S105  (a fault's name)
@@ -47,6 +49,7 @@ class ProcessFault(StrEnum):
     ABRT = "executor SIGABRT"
     FREEZE_EXECUTOR = "executor stopped"
     FREEZE_SUPERVISOR = "supervisor stopped"
+    KILL_SUPERVISOR = "supervisor SIGKILL"
 
     @property
     def is_lethal(self) -> bool:
@@ -109,6 +112,7 @@ LETHAL_GAP_S: Final = (1.5, 3.5)
 _QUIET_START_S: Final = 0.5
 _STREAM_GAP_S: Final = (0.3, 2.0)
 _FREEZE_GAP_S: Final = (3.0, 8.0)
+_END_GAP_S: Final = (25.0, 55.0)
 _PAUSE_S: Final = (0.02, 0.25)
 _BURSTS: Final[Mapping[int, int]] = {1: 70, 3: 20, 10: 8, 80: 1}
 """How many requests are sent at one moment, and how often that is."""
@@ -118,7 +122,7 @@ _STREAM_FAULTS: Final[Mapping[StreamFault, int]] = {
     StreamFault.REDIRECT_TO_SELF: 2, StreamFault.REDIRECT_NOWHERE: 2, StreamFault.GARBAGE: 3, StreamFault.EMPTY: 2,
     StreamFault.UNKNOWN: 2, StreamFault.WRONG_WAY: 2, StreamFault.CANCEL_UNKNOWN: 2, StreamFault.UNREAD: 4,
     StreamFault.RESTART: 3, StreamFault.REFUSE: 3, StreamFault.REFUSE_TOKEN: 1, StreamFault.SILENT: 3,
-    StreamFault.GARBAGE_AT_CONNECT: 2, StreamFault.FLAP: 3,
+    StreamFault.GARBAGE_AT_CONNECT: 2, StreamFault.FLAP: 3, StreamFault.UNREAD_CUT: 1, StreamFault.MODEL_COMMANDS: 4,
 }  # fmt: skip
 _LASTING: Final = frozenset((StreamFault.UNREAD, StreamFault.RESTART, StreamFault.SILENT))
 _MORTAL: Final = (ProcessFault.KILL, ProcessFault.KILL, ProcessFault.SEGV, ProcessFault.ABRT)
@@ -130,7 +134,7 @@ def make_plan(seed: int, seconds: float) -> Plan:
     # Each track has a generator of its own, so that none of them depends on where another one ends.
     tracks = (_requests(_rng(seed, "requests")), _streams(_rng(seed, "streams")), _freezes(_rng(seed, "freezes")))
     actions: list[Action] = []
-    for track in (*tracks, _losses(_rng(seed, "losses"))):
+    for track in (*tracks, _losses(_rng(seed, "losses")), _ends(_rng(seed, "ends"))):
         for action in track:
             if action.at_s >= seconds:
                 break
@@ -180,6 +184,14 @@ def _freezes(rng: Random) -> Iterator[HurtProcess]:
         seconds = rng.uniform(0.1, 1.5)
         yield HurtProcess(at, rng.choice(_FREEZES), seconds, rng.getrandbits(16))
         at += seconds
+
+
+def _ends(rng: Random) -> Iterator[HurtProcess]:
+    """The supervisor is killed, and another one takes over."""
+    at = 0.0
+    while True:
+        at += rng.uniform(*_END_GAP_S)
+        yield HurtProcess(at, ProcessFault.KILL_SUPERVISOR, 0.0, rng.getrandbits(16))
 
 
 def _losses(rng: Random) -> Iterator[Send | HurtProcess]:

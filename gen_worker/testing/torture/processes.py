@@ -27,6 +27,9 @@ from gen_worker.testing.torture.plan import HurtProcess, ProcessFault
 SAMPLE_S: Final = 0.4
 LINGER_S: Final = 3.0
 """A dead child, or what a dead executor left behind, may wait this long for a supervisor that is busy."""
+GONE_S: Final = 3.0
+"""1 s is what a worker needs; the rest is for a machine that has better things to do."""
+_KILLED: Final = "the supervisor is killed"
 _STOPPED: Final = "the supervisor is stopped"
 _SIGNALS: Final[Mapping[ProcessFault, signal.Signals]] = {
     ProcessFault.KILL: signal.SIGKILL,
@@ -71,9 +74,11 @@ class WorkerProcess:
         self._lingers: dict[int, float] = {}
         self._is_frozen = False
         self._expected_end = False
+        self._restarting = False
+        self.log_file.unlink(missing_ok=True)
 
     async def start(self) -> None:
-        with self.log_file.open("wb") as log:
+        with self.log_file.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -94,7 +99,7 @@ class WorkerProcess:
 
     @property
     def is_running(self) -> bool:
-        return self._process.returncode is None
+        return self._restarting or self._process.returncode is None
 
     async def wait_ended(self) -> None:
         """Wait for the supervisor's end."""
@@ -122,6 +127,9 @@ class WorkerProcess:
         if action.fault is ProcessFault.FREEZE_SUPERVISOR:
             await self._freeze_supervisor(action.seconds)
             return True
+        if action.fault is ProcessFault.KILL_SUPERVISOR:
+            await self._replace_supervisor()
+            return True
         alive = self.executors()
         if not alive:
             return False
@@ -142,6 +150,27 @@ class WorkerProcess:
         finally:
             self._is_frozen = False
             self._light.brighten(_STOPPED, time.monotonic())
+
+    async def _replace_supervisor(self) -> None:
+        """SIGKILL; what it leaves behind must be gone within GONE_S; then another one is started in its place."""
+        if self._expected_end:
+            return
+        self._light.dim(_KILLED, time.monotonic())
+        self._restarting = True
+        try:
+            self.executors()
+            self._history.kills.append(time.monotonic())
+            self._process.kill()
+            await self._process.wait()
+            end = time.monotonic() + GONE_S
+            while (left := self.left_behind()) and time.monotonic() < end:  # noqa: ASYNC110  (nothing tells of it)
+                await asyncio.sleep(0.05)
+            if left:
+                self._history.trouble.append(f"{len(left)} processes outlived a killed supervisor by {GONE_S:g} s")
+            await self.start()
+        finally:
+            self._restarting = False
+            self._light.brighten(_KILLED, time.monotonic())
 
     # -- watching -----------------------------------------------------------------------------------
 
@@ -185,9 +214,9 @@ class WorkerProcess:
                         yield child.pid, "has outlived its executor"
 
     def descriptors(self) -> int:
-        """How many the supervisor has now."""
+        """How many the supervisor has now, but for the files of results, whose number follows what was sent last."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            return self._supervisor.num_fds()
+            return self._supervisor.num_fds() - len(self._supervisor.open_files())
         return 0
 
     # -- the end ------------------------------------------------------------------------------------
@@ -240,6 +269,8 @@ class WorkerProcess:
             if ours and (record.exc or record.level == "critical" or record.logger == "asyncio"):
                 text = f"{record.message} {record.exc}".strip()
                 self._history.trouble.append(f"the log says {record.level}: {text[-_MAX_TROUBLE:]}")
+            if record.logger == "supervisor.outbox" and "events are sent again" in record.message:
+                self._history.resendings += 1
             if "defect in the executor" in record.message:
                 self._history.trouble.append(f"the log says {record.message[:_MAX_TROUBLE]}")
 

@@ -26,13 +26,17 @@ class Report:
     runs: int
     accepted: int
     lost: int
+    gone: int
+    """Accepted and not answered when the supervisor was killed: they went with it, as its scheduler can see."""
     results: Mapping[str, int]
     """By error_type; `success` is one of them."""
     redelivered: int
     """Results that came more than once, because a stream had broken after them."""
     deltas: int
     swallowed: int
-    """Deltas of successful runs that streams took before they broke: what can't be known as lost is not sent twice."""
+    """Deltas of successful runs that streams took before they broke: what may have been read is not sent twice."""
+    repeated: int
+    """Deltas that came twice, after a stream that was not read."""
     faults: Mapping[str, int]
     streams: int
     executors_lost: int
@@ -46,26 +50,29 @@ class Report:
         return not self.violations
 
 
-def summarize(
+def summarize(  # noqa: PLR0913  (what a history does not tell, by name)
     history: History,
     *,
     seed: int,
     seconds: float,
     faults: Mapping[str, int],
     executors_lost: int,
+    lost: int,
     violations: Sequence[Violation],
     reproduce: str,
 ) -> Report:
     results: Counter[str] = Counter()
-    redelivered = deltas = swallowed = answered = 0
+    redelivered = deltas = swallowed = repeated = answered = 0
     for run in history.runs.values():
         outcomes = [result.outcome for result in run.results if result.outcome is not None]
         if outcomes:
             answered += 1
             results[outcomes[0].kind] += 1
             redelivered += len(outcomes) - 1
-        came = sum(arrival.what is What.DELTA for arrival in run.arrivals)
+        places = [arrival.place for arrival in run.arrivals if arrival.what is What.DELTA]
+        came = len(set(places)) if run.request.deltas is not None else len(places)
         deltas += came
+        repeated += len(places) - came
         if outcomes and outcomes[0].kind == SUCCESS and run.request.deltas is not None and len(run.writings) == 1:
             swallowed += run.request.deltas - came
     accepted = len(accepted_runs(history))
@@ -74,11 +81,13 @@ def summarize(
         seconds=seconds,
         runs=len(history.runs),
         accepted=accepted,
-        lost=accepted - answered,
+        lost=lost,
+        gone=accepted - answered - lost,
         results=dict(results.most_common()),
         redelivered=redelivered,
         deltas=deltas,
         swallowed=swallowed,
+        repeated=repeated,
         faults=dict(sorted(faults.items())),
         streams=len(history.streams),
         executors_lost=executors_lost,
@@ -104,7 +113,8 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "runs", f"{report.runs} sent, {report.accepted} accepted, {unsure} that a cut stream may have swallowed"
     for kind, count in report.results.items():
         yield f"  {kind}", str(count)
-    yield "deltas", f"{report.deltas}; {report.swallowed} more went down with streams that broke"
+    lost = f"{report.swallowed} more went down with streams that broke"
+    yield "deltas", f"{report.deltas}; {lost}, {report.repeated} came again"
     yield "sent again", f"{report.redelivered} results, after streams that had broken"
     yield "faults", str(sum(report.faults.values()))
     for name, count in report.faults.items():
@@ -116,6 +126,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "max memory", f"supervisor {supervisor:.0f} MiB, executor {executor:.0f} MiB"
     fds = f"supervisor {peaks.supervisor_fds}; {peaks.fds_at_start} at the start, {peaks.fds_at_end} at the end"
     yield "max descriptors", fds
+    yield "gone", f"{report.gone} with supervisors that were killed while they ran"
     yield "lost", str(report.lost)
     yield "violations", str(len(report.violations))
 

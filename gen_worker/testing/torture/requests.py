@@ -48,6 +48,8 @@ class Request:
     """It ends by itself within seconds: the plan's long deadline is never what ends it."""
     steady: bool = False
     """Not to be canceled, nor given a short deadline."""
+    whole: bool = False
+    """A success has all of its deltas, whatever became of streams: the one that broke under it was not read."""
 
 
 class Workload(Protocol):
@@ -78,6 +80,17 @@ def probe(nonce: str) -> Request:
 def short_rest(nonce: str) -> Request:
     """What is under way when the worker is told to stop."""
     return _ask("torture_rest", functions.Wait(nonce, 0.5), functions.Done(nonce))
+
+
+def flood(nonce: str) -> Request:
+    """More deltas than lie unread in any window: four of these fill those of a stream that is not read."""
+    payload = msgspec.msgpack.encode(functions.Parts(nonce, 1500, 4096))
+    return Request("torture_count", payload, frozenset((SUCCESS,)), b"", 1500, incremental=True, brief=True, whole=True)
+
+
+def with_model(nonce: str) -> Request:
+    """What a worker answers that can load a model."""
+    return _ask("torture_model", functions.Done(nonce), functions.Done(nonce))
 
 
 def _ask(function: str, payload: msgspec.Struct, output: msgspec.Struct, **more: Any) -> Request:
@@ -132,6 +145,10 @@ def _talk(rng: Random, nonce: str) -> Request:
     return _ask("torture_talk", parts, functions.Done(nonce))
 
 
+def _model(_rng: Random, nonce: str) -> Request:
+    return with_model(nonce)
+
+
 def _litter(rng: Random, nonce: str) -> Request:
     litter = functions.Litter(nonce, escapes=rng.choice((True, False)))
     return _ask("torture_litter", litter, functions.Done(nonce))
@@ -165,7 +182,7 @@ def _stubborn(rng: Random, nonce: str) -> Request:
 
 _TAME: Final[Mapping[Make, int]] = {
     _echo: 35, _large: 6, _count: 12, _trickle: 6, _torrent: 2, _count_then_fail: 3, _wait: 20, _alone: 5, _talk: 5,
-    _litter: 3, _fail: 8, _broken: 1, _unknown: 1,
+    _litter: 3, _model: 6, _fail: 8, _broken: 1, _unknown: 1,
 }  # fmt: skip
 _LETHAL: Final[Mapping[Make, int]] = {_die: 3, _stubborn: 1}
 

@@ -24,6 +24,7 @@ import msgspec
 from gen_worker.testing.mock_orchestrator import (
     MockOrchestrator,
     StreamEndedError,
+    WaitTimeoutError,
     WorkerConnection,
 )
 from gen_worker.testing.torture.history import Arrival, History, Light, Outcome, Run, StreamRecord, What, Writing
@@ -120,6 +121,16 @@ class Scheduler:
     def cancel(self, run: Run) -> None:
         """Queue an interrupt of the run."""
         self._queue.put_nowait(_Outgoing(run, None))
+
+    async def command_model(self, command: str, model_id: str, wait_s: float) -> str:
+        """Have a model loaded or unloaded; returns why it was not, or ""."""
+        connection = await self.usable()
+        do = self.leader.load_model if command == "load" else self.leader.unload_model
+        try:
+            answer = await do(model_id, wait_s, worker=connection)
+        except (WaitTimeoutError, StreamEndedError) as error:
+            return str(error)
+        return "" if answer.success else answer.error_message or "no reason is given"
 
     async def _write(self) -> None:
         while True:
