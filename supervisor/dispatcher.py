@@ -48,7 +48,8 @@ from supervisor.outbox import Keeper, Outbox
 from supervisor.quarantine import STRIKES, Quarantine, fingerprint
 from supervisor.residency import ModelKey, ModelRefused, Models, Residency
 from supervisor.runs import Run, RunState
-from supervisor.sockets import SocketLimits, Sockets, SocketSession
+from supervisor.socket_session import SocketSession
+from supervisor.sockets import SocketLimits, Sockets
 from supervisor.wire_codec import encode_event, encode_result
 
 if TYPE_CHECKING:

@@ -294,7 +294,7 @@ async def test_a_slow_peer_is_closed_and_holds_little(worker: Chain) -> None:
         await session.receive(WAIT_S)
     worker.connection.pause_reading()
     executors = [child.pid for child in worker.worker.executors()]
-    await asyncio.sleep(7.0)  # beyond the executor's STALL_S
+    await eventually(lambda: len(worker.worker.lines("session of floods ended slow_consumer")) == len(sessions))
     worker.connection.resume_reading()
     assert set(await all_of(*(session.wait_closed(WAIT_S) for session in sessions))) == {"slow_consumer"}
     assert [child.pid for child in worker.worker.executors()] == executors
