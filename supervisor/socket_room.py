@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from supervisor.runs import RunState
-from supervisor.socket_session import SocketFrame, SocketSession
+from supervisor.socket_session import SocketSession, WaitingFrame
 
 QUEUE_BYTES: Final = 16 * 1024 * 1024
 """What may wait for one handler, each frame counted with EVENT_OVERHEAD_BYTES: some 60,000 tiny ones. A larger frame is
@@ -68,7 +68,7 @@ class SocketRoom:
                     detail = f"{session.waiting_bytes} bytes wait for its handler, which does not get on with them"
                     self._too_slow(session, detail)
 
-    def add(self, session: SocketSession, frame: SocketFrame) -> None:
+    def add(self, session: SocketSession, frame: WaitingFrame) -> None:
         """A frame came. It waits, unless its session is too slow."""
         waiting = session.waiting_bytes
         if waiting and waiting + frame.weight > QUEUE_BYTES:
@@ -82,7 +82,7 @@ class SocketRoom:
             session.waiting.append(frame)
             self._count(session, frame.weight)
 
-    def next_frame(self, session: SocketSession, *, windowed: bool = True) -> SocketFrame | None:
+    def next_frame(self, session: SocketSession, *, windowed: bool = True) -> WaitingFrame | None:
         """The next frame for its executor, which is under way from here on; None: it has none, or no room for one."""
         if not session.waiting or (windowed and session.under_way >= session.window):
             return None

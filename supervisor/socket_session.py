@@ -39,7 +39,7 @@ _ERRORS: Final[dict[ErrorType, str]] = {
 }
 
 
-class SocketFrame(NamedTuple):
+class WaitingFrame(NamedTuple):
     """One frame on its way to a handler."""
 
     data: bytes
@@ -67,7 +67,7 @@ class SocketSession(Run):
         """Why it ends; empty while it does not."""
         self.told = False
         """Whether the scheduler's close is on its way: nothing of the session may follow it."""
-        self.waiting: deque[SocketFrame] = deque()
+        self.waiting: deque[WaitingFrame] = deque()
         """For its executor to have room for them; this and the four below are moved by socket_room.py."""
         self.waiting_bytes = 0
         self.under_way = 0

@@ -39,8 +39,8 @@ from supervisor.socket_session import (
     TIMEOUT,
     UNKNOWN_FUNCTION,
     WORKER_CRASHED,
-    SocketFrame,
     SocketSession,
+    WaitingFrame,
     reason_of,
 )
 from supervisor.wire_codec import encode_realtime_close, encode_realtime_frame
@@ -149,7 +149,7 @@ class Sockets:
         if len(frame.data) > limit:
             self._break(session, FRAME_TOO_LARGE, f"a frame of {len(frame.data)} bytes came, the limit is {limit}")
             return
-        self.room.add(session, SocketFrame(frame.data, frame.is_text))
+        self.room.add(session, WaitingFrame(frame.data, frame.is_text))
         self._feed(session)
 
     def close(self, command: pb.RealtimeCloseCommand) -> None:

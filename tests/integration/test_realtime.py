@@ -91,6 +91,20 @@ async def test_10_000_frames_each_way_in_order(worker: Chain) -> None:
     assert await session.wait_closed(WAIT_S) == "closed"
 
 
+async def test_a_burst_makes_the_sender_wait(worker: Chain) -> None:
+    session = await opened(worker, "echo")
+    sent = [b"%08d" % number + b"." * 100_000 for number in range(500)]  # three times what may wait
+
+    async def send() -> None:
+        for data in sent:
+            await session.send(data)
+
+    _, received = await all_of(send(), collect(session, len(sent)))
+    assert received == sent
+    await session.close()
+    assert await session.wait_closed(WAIT_S) == "closed"
+
+
 async def test_100_sessions_at_once(worker: Chain) -> None:
     sessions = await all_of(*(opened(worker, "echo") for _ in range(100)))
 
