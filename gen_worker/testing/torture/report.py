@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gen_worker.testing.torture.history import History, Peaks, What
+from gen_worker.testing.torture.history import Conversation, History, Peaks, What
 from gen_worker.testing.torture.invariants import Violation, accepted_runs
 from gen_worker.testing.torture.requests import SUCCESS
 
@@ -33,6 +33,8 @@ class Report:
     deltas: int
     swallowed: int
     """Deltas of successful runs that streams took before they broke: what can't be known as lost is not sent twice."""
+    sessions: Mapping[str, int]
+    """Realtime sessions by the reason of their close; `stream ended` when it took the session with it."""
     faults: Mapping[str, int]
     streams: int
     executors_lost: int
@@ -79,6 +81,7 @@ def summarize(
         redelivered=redelivered,
         deltas=deltas,
         swallowed=swallowed,
+        sessions=dict(Counter(map(_end_of, history.conversations)).most_common()),
         faults=dict(sorted(faults.items())),
         streams=len(history.streams),
         executors_lost=executors_lost,
@@ -86,6 +89,10 @@ def summarize(
         violations=tuple(violations),
         reproduce=reproduce,
     )
+
+
+def _end_of(talk: Conversation) -> str:
+    return "stream ended" if talk.stream_ended else talk.reason or "not closed"
 
 
 def render(report: Report) -> str:
@@ -106,6 +113,9 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
         yield f"  {kind}", str(count)
     yield "deltas", f"{report.deltas}; {report.swallowed} more went down with streams that broke"
     yield "sent again", f"{report.redelivered} results, after streams that had broken"
+    yield "sessions", str(sum(report.sessions.values()))
+    for reason, count in report.sessions.items():
+        yield f"  {reason}", str(count)
     yield "faults", str(sum(report.faults.values()))
     for name, count in report.faults.items():
         yield f"  {name}", str(count)

@@ -23,6 +23,7 @@ import msgspec
 
 from gen_worker.testing.mock_orchestrator import (
     MockOrchestrator,
+    RealtimeSession,
     StreamEndedError,
     WorkerConnection,
 )
@@ -120,6 +121,14 @@ class Scheduler:
     def cancel(self, run: Run) -> None:
         """Queue an interrupt of the run."""
         self._queue.put_nowait(_Outgoing(run, None))
+
+    async def open_session(self, function: str, session_id: str, timeout_ms: int) -> RealtimeSession:
+        """Open a realtime session on the worker's stream, as soon as it has one. Raises StreamEndedError."""
+        connection = await self.usable()
+        owner = next(scheduler for scheduler in self._schedulers if connection in scheduler.connections)
+        return await owner.open_realtime(
+            function, session_id=session_id, timeout_ms=timeout_ms, tenant_id="torture", worker=connection
+        )
 
     async def _write(self) -> None:
         while True:
