@@ -331,6 +331,22 @@ async def test_function_limits_make_a_session_wait_in_order(make: MakeRig) -> No
     assert rig.heard() == [("b", "closed"), ("a", "completed")]
 
 
+async def test_a_suspect_does_not_wait_for_a_session_to_end(make: MakeRig) -> None:
+    rig = make([TALK, function("f", "async")])
+    for attempt in range(2):
+        rig.submit(f"bad{attempt}", "f", b"\x01")
+        rig.executors[-1].die()
+        rig.add_executor()
+    executor = rig.executors[-1]
+    rig.open("beside")
+    rig.submit("suspect", "f", b"\x01")
+    assert executor.runs == ["suspect"]
+    rig.open("waits")
+    assert [each.session_id for each in executor.sent(SocketOpen)] == ["beside"]
+    executor.succeed("suspect")
+    assert [each.session_id for each in executor.sent(SocketOpen)] == ["beside", "waits"]
+
+
 async def test_models_are_loaded_before_it_opens(make: MakeRig) -> None:
     rig = make([function("talk", "websocket", models=["a"])], models=[A, B], labels={"a": A})
     (executor,) = rig.executors
