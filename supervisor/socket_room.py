@@ -3,11 +3,11 @@
 Owns: the frames of sessions that no executor has, and how much of each session an executor has.
 
 1. An executor gets frames of a session while less than its window is under way; the rest waits here.
-2. A session for which QUEUE_BYTES wait makes this `full`: nothing more is read from the scheduler, so that HTTP/2 makes
-   it wait. Everything else comes on the same stream, so that must be short: until RESUME_BYTES wait, for HOLD_S at
-   most, and while the handler takes something every STALE_S.
-3. Who needs longer is too slow; and so is one that no executor has yet, and the session for which most waits when
-   QUEUES_BYTES wait for all together.
+2. A session for which QUEUE_BYTES wait makes this `full`, and so do all together with QUEUES_BYTES: nothing more is
+   read from the scheduler, so that HTTP/2 makes it wait. Everything else comes on the same stream, so that must be
+   short: until RESUMED_BYTES less wait, for HOLD_S at most, and while the handler takes something every STALE_S.
+3. Who needs longer is too slow; and so is one that no executor has yet. When all together need longer, the session for
+   which most waits is.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from supervisor.socket_session import SocketSession, WaitingFrame
 QUEUE_BYTES: Final = 16 * 1024 * 1024
 """What may wait for one handler, each frame counted with EVENT_OVERHEAD_BYTES: some 60,000 tiny ones. A larger frame is
 taken when nothing else waits."""
-RESUME_BYTES: Final = 12 * 1024 * 1024
-LATE_BYTES: Final = 16 * 1024 * 1024
-"""What may still come when reading stops: it was on its way."""
 QUEUES_BYTES: Final = 64 * 1024 * 1024
 """What may wait for all handlers together."""
+RESUMED_BYTES: Final = 4 * 1024 * 1024
+LATE_BYTES: Final = 16 * 1024 * 1024
+"""What may still come when reading stops: it was on its way."""
 HOLD_S: Final = 2.0
 """A handler that takes 2 MiB/s keeps its session whatever comes."""
 STALE_S: Final = 0.5
@@ -46,7 +46,9 @@ class SocketRoom:
         self._too_slow = too_slow
         self._waiting: dict[SocketSession, None] = {}
         """The sessions that have frames here."""
-        self._crowded: dict[SocketSession, _Crowd] = {}
+        self._crowded: dict[SocketSession | None, _Crowd] = {}
+        """For whom too much waits; None: for all together."""
+        self._took_at = 0.0
         self._less = asyncio.Event()
         self.waiting_bytes = 0
         """Of all sessions."""
@@ -65,8 +67,7 @@ class SocketRoom:
                     await self._less.wait()
             except TimeoutError:
                 for session in [each for each in self._crowded if self._patience(each) <= 0]:
-                    detail = f"{session.waiting_bytes} bytes wait for its handler, which does not get on with them"
-                    self._too_slow(session, detail)
+                    self._lose_patience(session)
 
     def add(self, session: SocketSession, frame: WaitingFrame) -> None:
         """A frame came. It waits, unless its session is too slow."""
@@ -77,7 +78,9 @@ class SocketRoom:
                 self._too_slow(session, f"{waiting} bytes wait for its handler already")
                 return
         if self.waiting_bytes > QUEUES_BYTES:
-            self._bound_all()
+            crowd = self._crowded.setdefault(None, _Crowd(self._clock(), self.waiting_bytes))
+            if self.waiting_bytes > crowd.waiting_bytes + LATE_BYTES:
+                self._close_the_slowest()
         if not session.reason:
             session.waiting.append(frame)
             self._count(session, frame.weight)
@@ -94,7 +97,7 @@ class SocketRoom:
     def took(self, session: SocketSession, size: int) -> None:
         """Its handler took `size` bytes."""
         session.under_way = max(0, session.under_way - size)
-        session.took_at = self._clock()
+        session.took_at = self._took_at = self._clock()
 
     def drop_waiting(self, session: SocketSession) -> None:
         """What waits is not wanted any more."""
@@ -110,18 +113,37 @@ class SocketRoom:
             self._waiting[session] = None
         else:
             self._waiting.pop(session, None)
-        if session.waiting_bytes <= RESUME_BYTES and self._crowded.pop(session, None) is not None:
+        if session.waiting_bytes <= QUEUE_BYTES - RESUMED_BYTES:
+            self._relax(session)
+        if self.waiting_bytes <= QUEUES_BYTES - RESUMED_BYTES:
+            self._relax(None)
+
+    def _relax(self, session: SocketSession | None) -> None:
+        if self._crowded.pop(session, None) is not None:
             self._less.set()
 
-    def _patience(self, session: SocketSession) -> float:
+    def _patience(self, session: SocketSession | None) -> float:
         """Seconds that the stream may still be held up for it."""
         since = self._crowded[session].since
-        return min(since + HOLD_S, max(since, session.took_at) + STALE_S) - self._clock()
+        took_at = self._took_at if session is None else session.took_at
+        return min(since + HOLD_S, max(since, took_at) + STALE_S) - self._clock()
 
-    def _bound_all(self) -> None:
-        """A session for which a single frame waits is not slow: its frame is large."""
+    def _lose_patience(self, session: SocketSession | None) -> None:
+        if session is not None:
+            detail = f"{session.waiting_bytes} bytes wait for its handler, which does not get on with them"
+            self._too_slow(session, detail)
+            return
+        while None in self._crowded and self._close_the_slowest():
+            pass
+        if None in self._crowded:
+            self._crowded[None] = _Crowd(self._clock(), self.waiting_bytes)
+
+    def _close_the_slowest(self) -> bool:
+        """False when there is none: one for which a single frame waits is not slow, its frame is large."""
         slow = [session for session in self._waiting if len(session.waiting) > 1]
-        if slow:
-            most = max(slow, key=lambda session: session.waiting_bytes)
-            detail = f"{self.waiting_bytes} bytes wait for all handlers, {most.waiting_bytes} of them for this one"
-            self._too_slow(most, detail)
+        if not slow:
+            return False
+        most = max(slow, key=lambda session: session.waiting_bytes)
+        detail = f"{self.waiting_bytes} bytes wait for all handlers, {most.waiting_bytes} of them for this one"
+        self._too_slow(most, detail)
+        return True

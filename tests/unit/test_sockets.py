@@ -29,7 +29,7 @@ from gen_worker.pipe.messages import (
 from gen_worker.wire import worker_scheduler_pb2 as pb
 from supervisor import executor_handle, socket_room, sockets
 from supervisor.dispatcher import WINDOW_BYTES, Limits
-from supervisor.socket_room import LATE_BYTES, QUEUE_BYTES, QUEUES_BYTES, RESUME_BYTES
+from supervisor.socket_room import LATE_BYTES, QUEUE_BYTES, QUEUES_BYTES, RESUMED_BYTES
 from tests.support.rig import Executor, Rig, function, until, use_recording_children
 
 A, B = "cozy:org/a:latest", "cozy:org/b:latest"
@@ -497,7 +497,7 @@ async def test_a_burst_makes_the_scheduler_wait_for_a_handler_that_gets_on(make:
     await flood(rig, b"x" * 100_000)
     waiting = asyncio.create_task(rig.dispatcher.sockets.room.room())
     taken = 0
-    while rig.dispatcher.sockets.room.waiting_bytes > RESUME_BYTES:
+    while rig.dispatcher.sockets.room.waiting_bytes > QUEUE_BYTES - RESUMED_BYTES:
         await asyncio.sleep(0)
         assert not waiting.done()
         here = len(frames(executor))
@@ -560,17 +560,78 @@ async def test_frames_that_wait_for_an_executor_are_bounded(make: MakeRig) -> No
     assert rig.executors[0].sent(SocketOpen) == []
 
 
-async def test_all_sessions_together_are_bounded(make: MakeRig) -> None:
+def fill(rig: Room, *, until_bytes: int) -> list[str]:
+    """Sessions for whose handlers so much waits, none of them too much by itself; the first one's least."""
+    sessions: list[str] = []
+    while rig.dispatcher.sockets.room.waiting_bytes <= until_bytes:
+        sessions.append(f"s{len(sessions)}")
+        rig.open(sessions[-1])
+        for _ in range(10 + len(sessions)):
+            rig.send(sessions[-1], b"x" * 512 * 1024)
+    return sessions
+
+
+async def test_all_sessions_together_are_bounded(make: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket_room, "STALE_S", 0.02)
     rig = make()
-    sessions = [f"s{number}" for number in range(10)]
-    for number, session in enumerate(sessions):
+    room = rig.dispatcher.sockets.room
+    sessions = fill(rig, until_bytes=QUEUES_BYTES)
+    assert room.full
+    assert rig.heard() == []
+    await room.room()
+    assert not room.full
+    assert room.waiting_bytes <= QUEUES_BYTES - RESUMED_BYTES
+    closed = rig.heard()
+    assert {reason for _, reason in closed} == {"slow_consumer"}
+    assert {session for session, _ in closed} <= set(sessions[-4:])  # those for which most waits
+
+
+async def test_a_burst_over_all_sessions_makes_the_scheduler_wait(make: MakeRig) -> None:
+    rig = make()
+    room, (executor,) = rig.dispatcher.sockets.room, rig.executors
+    sessions = fill(rig, until_bytes=QUEUES_BYTES)
+    waiting = asyncio.create_task(room.room())
+    taken = dict.fromkeys(sessions, 0)
+    while room.waiting_bytes > QUEUES_BYTES - RESUMED_BYTES:
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        for session in sessions:
+            here = len(frames(executor, session))
+            size = (512 * 1024 + EVENT_OVERHEAD_BYTES) * (here - taken[session])
+            executor.say(SocketCredit(key_of(executor, session), size))
+            taken[session] = here
+    await asyncio.wait_for(waiting, 5)
+    assert rig.heard() == []
+
+
+async def test_all_sessions_are_bounded_by_what_was_on_its_way_too(make: MakeRig) -> None:
+    rig = make()
+    fill(rig, until_bytes=QUEUES_BYTES)
+    assert rig.heard() == []
+    most = 0
+    for number in range(100):
+        rig.open(f"t{number}")
+        rig.send(f"t{number}", *[b"x" * 512 * 1024] * 4)
+        most = max(most, rig.dispatcher.sockets.room.waiting_bytes)
+    assert {reason for _, reason in rig.heard()} == {"slow_consumer"}
+    assert QUEUES_BYTES + LATE_BYTES < most < QUEUES_BYTES + LATE_BYTES + 2 * MIB
+
+
+async def test_large_frames_of_many_sessions_are_waited_for(make: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket_room, "STALE_S", 0.01)
+    rig = make()
+    (executor,) = rig.executors
+    for session in "abc":
         rig.open(session)
-        rig.send(session, *[b"x" * 512 * 1024] * (12 + number))
-    assert rig.dispatcher.sockets.room.waiting_bytes <= QUEUES_BYTES
-    heard = rig.heard()
-    assert heard
-    assert {reason for _, reason in heard} == {"slow_consumer"}
-    assert "s0" not in dict(heard)  # the one that held least
+        rig.send(session, b"x" * 300_000, b"y" * 35 * MIB)  # the first fills the window, the second waits
+    waiting = asyncio.create_task(rig.dispatcher.sockets.room.room())
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    assert rig.heard() == []
+    executor.say(SocketCredit(key_of(executor, "a"), 400_000))
+    executor.say(SocketCredit(key_of(executor, "b"), 400_000))
+    await asyncio.wait_for(waiting, 5)
+    assert rig.heard() == []
 
 
 async def test_large_frames_go_through_shared_memory(make: MakeRig) -> None:
