@@ -19,10 +19,10 @@ from executor.blobs import Blobs
 from executor.cuda_faults import is_poisoned
 from executor.run import ActiveRun
 from executor.sockets import ActiveSession
-from gen_worker.context import ActionContext
+from gen_worker.context import ActionContext, RunHost
 from gen_worker.errors import FatalError, RunCanceled, ValidationError, WorkerError
 from gen_worker.payloads import decode_payload, encode_delta, encode_output
-from gen_worker.pipe.messages import Failure, Payload
+from gen_worker.pipe.messages import Failure, Payload, Run, SocketOpen
 from gen_worker.realtime import RealtimeSocket
 from gen_worker.signature import FunctionSpec
 
@@ -157,15 +157,7 @@ class Runner:
 
     async def _run_handler(self, session: ActiveSession) -> None:
         message, spec = session.message, session.spec
-        context = ActionContext(
-            run_id=message.session_id,
-            host=session,
-            tenant_id=message.tenant_id,
-            user_id=message.user_id,
-            timeout_ms=message.timeout_ms,
-            deadline=message.deadline,
-            device=self._device,
-        )
+        context = self._context(message, message.session_id, session)
         try:
             session.begin(context)
             arguments = self._inject(spec, message.models, f"session {message.session_id}")
@@ -190,17 +182,20 @@ class Runner:
         payload = self._blobs.decode(message.payload, functools.partial(decode_payload, spec), spec.payload_type)
         models = self._inject(spec, message.models, f"run {message.run_id}")
         arguments: dict[str, Any] = {spec.payload_param: payload, **models}
-        context = ActionContext(
-            run_id=message.run_id,
-            host=run,
+        context = self._context(message, message.run_id, run)
+        run.attach(context)
+        return context, arguments
+
+    def _context(self, message: Run | SocketOpen, run_id: str, host: RunHost) -> ActionContext:
+        return ActionContext(
+            run_id=run_id,
+            host=host,
             tenant_id=message.tenant_id,
             user_id=message.user_id,
             timeout_ms=message.timeout_ms,
             deadline=message.deadline,
             device=self._device,
         )
-        run.attach(context)
-        return context, arguments
 
     def _inject(self, spec: FunctionSpec, models: Mapping[str, str], who: str) -> dict[str, object]:
         """The injected values by parameter, of the models that the message of `who` names."""

@@ -10,8 +10,8 @@ Owns: every active run from its request to its one result.
 4. A deadline or a cancel asks the executor first (CANCELING); when it has not ended within the grace time, the
    executor is killed. An executor is never killed for being busy.
 5. When an executor dies, each of its runs is answered, once.
-   Realtime sessions wait in the same lanes and count for the same limits; what is theirs alone is in sockets.py.
 6. What waits is counted in `backlog`, which bounds it.
+7. Realtime sessions wait in the same lanes and count for the same limits; what is theirs alone is in sockets.py.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ from supervisor.outbox import Keeper, Outbox
 from supervisor.quarantine import STRIKES, Quarantine, fingerprint
 from supervisor.residency import ModelKey, ModelRefused, Models, Residency
 from supervisor.runs import Run, RunState
-from supervisor.sockets import SocketLimits, Sockets, SocketSession
+from supervisor.socket_session import SocketSession
+from supervisor.sockets import SocketLimits, Sockets
 from supervisor.wire_codec import encode_event, encode_result
 
 if TYPE_CHECKING:

@@ -112,6 +112,7 @@ class ExecutorHandle:
         """The runs it has, by key."""
         self._threads = threads
         self._thread_runs = 0
+        self._sessions = 0
         self._leaving: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -138,6 +139,11 @@ class ExecutorHandle:
     def load(self) -> int:
         """How many runs it has."""
         return len(self.runs)
+
+    @property
+    def brief_load(self) -> int:
+        """How many runs it has that end by themselves: not realtime sessions, which may go on for hours."""
+        return len(self.runs) - self._sessions
 
     # -- its life -----------------------------------------------------------------------------
 
@@ -211,16 +217,14 @@ class ExecutorHandle:
         self.runs[run.key] = run
         self._idle.clear()
         self._running[run.function] += 1
-        if _takes_thread(self.functions[run.function]):
-            self._thread_runs += 1
+        self._count(run, 1)
 
     def release(self, run: Run) -> None:
         """The run has ended: its place is free."""
         if self.runs.pop(run.key, None) is None:
             return
         self._running[run.function] -= 1
-        if _takes_thread(self.functions[run.function]):
-            self._thread_runs -= 1
+        self._count(run, -1)
         if not self.runs:
             self._idle.set()
 
@@ -233,6 +237,11 @@ class ExecutorHandle:
         except TimeoutError:
             return False
         return True
+
+    def _count(self, run: Run, change: int) -> None:
+        info = self.functions[run.function]
+        self._thread_runs += change * _takes_thread(info)
+        self._sessions += change * (info.mode == "websocket")
 
     def send_cancel(self, key: int, cause: CancelCause) -> None:
         self._send(Cancel(key, cause))

@@ -40,11 +40,12 @@ class Inbound:
     @property
     def full(self) -> bool:
         """So much waits here that nothing more should be read."""
-        return self._dispatcher.backlog.full
+        return self._dispatcher.backlog.full or self._dispatcher.sockets.room.full
 
     async def room(self) -> None:
         """Wait until more may be read."""
         await self._dispatcher.backlog.room()
+        await self._dispatcher.sockets.room.room()
 
     def stream_closed(self) -> None:
         """Nothing more comes of the stream, and what was opened on it is over."""

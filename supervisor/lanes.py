@@ -5,7 +5,8 @@ Owns: the runs that wait, and the executors reserved for a run that must be alon
 1. A run waits in the lane of its function and models. Within a lane runs keep their order; lanes pass each other.
 2. `pump` gives the heads of the lanes to executors: one that has the models hot, else one that has room, the least
    loaded first. When nobody holds the models, one executor is told to load them, and the lane waits.
-3. A suspect (quarantine.py) runs alone: an executor is reserved for it, and takes nothing else until it has ended.
+3. A suspect (quarantine.py) runs alone: an executor is reserved for it, and takes nothing else until it has ended. Only
+   realtime sessions may be beside it: they get no strikes, and waiting for them could block the executor for hours.
 """
 
 from __future__ import annotations
@@ -138,11 +139,11 @@ class Lanes:
         chosen = min(hot, key=load_of)
         if not run.alone:
             return chosen
-        if chosen.load:  # none is empty: stay with the one that is already running empty for it
+        if chosen.brief_load:  # none is empty: stay with the one that is already running empty for it
             chosen = next((handle for handle in hot if handle in self._reserved), chosen)
         self._release(run)
         self._reserved[chosen] = run.key
-        return None if chosen.load else chosen
+        return None if chosen.brief_load else chosen
 
     def _release(self, run: Run) -> None:
         """No executor is reserved for it any more."""

@@ -42,6 +42,7 @@ HOLD_BACK_S: Final = 0.25
 trip, and what it was given would be lost. Not longer, since a leader may have nothing to say."""
 ANNOUNCE_GAP_S: Final = 0.02
 """Changes within this time share one heartbeat."""
+SAY_FULL_EACH_S: Final = 10.0
 CLOSE_GRACE_S: Final = 2.0
 """How long a drained stream may take to be ended by the scheduler."""
 
@@ -181,6 +182,7 @@ class Session:
         self._hurry = asyncio.Event()
         self._dial_limit: asyncio.Timeout | None = None
         self._drain_deadline = math.inf
+        self._said_full_at = -math.inf
         self.drained = False
         """After `drain`: everything went out on a stream, and that stream did not break."""
         self.read_to_end = False
@@ -345,7 +347,10 @@ class Session:
 
     async def _until_room(self, link: _Link) -> None:
         """Wait until Incoming has room, or the stream is over: what is left to receive then is little."""
-        log.info("so much waits here that nothing more is read from %s for now", link.target)
+        now = self._clock.now()
+        if now - self._said_full_at >= SAY_FULL_EACH_S:
+            self._said_full_at = now
+            log.info("so much waits here that nothing more is read from %s for now", link.target)
         waits = [asyncio.ensure_future(self._incoming.room()), asyncio.ensure_future(link.over.wait())]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

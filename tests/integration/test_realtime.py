@@ -74,12 +74,26 @@ async def test_text_and_binary_frames(worker: Chain) -> None:
     await session.close()
     assert await session.wait_closed(WAIT_S) == "closed"
     with pytest.raises(StreamEndedError):
-        await session.receive()
+        await session.receive(WAIT_S)
 
 
 async def test_10_000_frames_each_way_in_order(worker: Chain) -> None:
     session = await opened(worker, "echo")
     sent = [b"%d" % number for number in range(10_000)]
+
+    async def send() -> None:
+        for data in sent:
+            await session.send(data)
+
+    _, received = await all_of(send(), collect(session, len(sent)))
+    assert received == sent
+    await session.close()
+    assert await session.wait_closed(WAIT_S) == "closed"
+
+
+async def test_a_burst_makes_the_sender_wait(worker: Chain) -> None:
+    session = await opened(worker, "echo")
+    sent = [b"%08d" % number + b"." * 100_000 for number in range(500)]  # three times what may wait
 
     async def send() -> None:
         for data in sent:
@@ -203,11 +217,11 @@ async def test_a_crash(fragile: Chain, frame: bytes) -> None:
     session = await opened(fragile, "fails")
     crashed_at = time.monotonic()
     await session.send(frame)
-    assert await all_of(session.wait_closed(), beside.wait_closed()) == ["worker_crashed", "worker_crashed"]
+    assert await all_of(session.wait_closed(WAIT_S), beside.wait_closed(WAIT_S)) == ["worker_crashed", "worker_crashed"]
     await wait_for_executors(fragile.orchestrator, 1, since=crashed_at)
     again = await talking(fragile, "deaf")
     await again.close()
-    assert await again.wait_closed() == "closed"
+    assert await again.wait_closed(WAIT_S) == "closed"
 
 
 @pytest.mark.parametrize("handler", ["stubborn", "holds_gil"])
@@ -222,14 +236,14 @@ async def test_limits() -> None:
     async with chain(**TENANT, env=env) as c:
         incoming, outgoing = await opened(c, "echo"), await opened(c, "sends")
         busy = await opened(c, "echo")
-        assert await busy.wait_closed() == "error:RetryableError"
+        assert await busy.wait_closed(WAIT_S) == "error:RetryableError"
         await incoming.send(b"x" * 1000)
-        assert len((await incoming.receive()).data) == 1000
+        assert len((await incoming.receive(WAIT_S)).data) == 1000
         await incoming.send(b"x" * 1001)
         await outgoing.send(b"1000")
-        assert len((await outgoing.receive()).data) == 1000
+        assert len((await outgoing.receive(WAIT_S)).data) == 1000
         await outgoing.send(b"1001")
-        reasons = await all_of(incoming.wait_closed(), outgoing.wait_closed())
+        reasons = await all_of(incoming.wait_closed(WAIT_S), outgoing.wait_closed(WAIT_S))
         assert reasons == ["frame_too_large", "frame_too_large"]
 
 
@@ -294,7 +308,7 @@ async def test_a_slow_peer_is_closed_and_holds_little(worker: Chain) -> None:
         await session.receive(WAIT_S)
     worker.connection.pause_reading()
     executors = [child.pid for child in worker.worker.executors()]
-    await asyncio.sleep(7.0)  # beyond the executor's STALL_S
+    await eventually(lambda: len(worker.worker.lines("session of floods ended slow_consumer")) == len(sessions))
     worker.connection.resume_reading()
     assert set(await all_of(*(session.wait_closed(WAIT_S) for session in sessions))) == {"slow_consumer"}
     assert [child.pid for child in worker.worker.executors()] == executors
@@ -332,9 +346,9 @@ async def test_drain_waits_for_sessions_then_closes_them(tmp_path: Path) -> None
         c.worker.signal(signal.SIGTERM)
         await c.worker.wait_for_log("stopping")
         refused = await opened(c, "echo")
-        assert await refused.wait_closed() == "error:RetryableError"
+        assert await refused.wait_closed(WAIT_S) == "error:RetryableError"
         await ends.close()
-        assert await ends.wait_closed() == "closed"
+        assert await ends.wait_closed(WAIT_S) == "closed"
         assert stays.close_reason is None
         assert await stays.wait_closed(WAIT_S) == "closed"
         assert await c.worker.exit_code() == 0

@@ -43,6 +43,8 @@ async def test_a_short_torture_breaks_no_guarantee(seed: int, tmp_path: Path) ->
     assert report.results["success"] > 50
     assert report.redelivered > 0
     assert report.deltas > 500
+    assert report.sessions["completed"] > 0
+    assert report.sessions["stream ended"] > 0
     assert report.streams > 5
     assert report.executors_lost > 2
     assert len(report.faults) > 8

@@ -27,9 +27,9 @@ from gen_worker.pipe.messages import (
     SocketOpen,
 )
 from gen_worker.wire import worker_scheduler_pb2 as pb
-from supervisor import executor_handle, sockets
+from supervisor import executor_handle, socket_room, sockets
 from supervisor.dispatcher import WINDOW_BYTES, Limits
-from supervisor.sockets import QUEUE_BYTES, QUEUES_BYTES
+from supervisor.socket_room import LATE_BYTES, QUEUE_BYTES, QUEUES_BYTES, RESUMED_BYTES
 from tests.support.rig import Executor, Rig, function, until, use_recording_children
 
 A, B = "cozy:org/a:latest", "cozy:org/b:latest"
@@ -95,7 +95,7 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> Any:
     for rig in rigs:
         rig.close()
         assert rig.dispatcher.backlog._runs_bytes == 0
-        assert rig.dispatcher.sockets._held_bytes == 0
+        assert rig.dispatcher.sockets.room.waiting_bytes == 0
 
 
 # -- a session's life -----------------------------------------------------------------------------
@@ -331,6 +331,22 @@ async def test_function_limits_make_a_session_wait_in_order(make: MakeRig) -> No
     assert rig.heard() == [("b", "closed"), ("a", "completed")]
 
 
+async def test_a_suspect_does_not_wait_for_a_session_to_end(make: MakeRig) -> None:
+    rig = make([TALK, function("f", "async")])
+    for attempt in range(2):
+        rig.submit(f"bad{attempt}", "f", b"\x01")
+        rig.executors[-1].die()
+        rig.add_executor()
+    executor = rig.executors[-1]
+    rig.open("beside")
+    rig.submit("suspect", "f", b"\x01")
+    assert executor.runs == ["suspect"]
+    rig.open("waits")
+    assert [each.session_id for each in executor.sent(SocketOpen)] == ["beside"]
+    executor.succeed("suspect")
+    assert [each.session_id for each in executor.sent(SocketOpen)] == ["beside", "waits"]
+
+
 async def test_models_are_loaded_before_it_opens(make: MakeRig) -> None:
     rig = make([function("talk", "websocket", models=["a"])], models=[A, B], labels={"a": A})
     (executor,) = rig.executors
@@ -442,18 +458,27 @@ async def test_an_executor_gets_a_window_and_more_as_it_takes(make: MakeRig) -> 
     assert frames(executor) == sent
 
 
-async def test_a_handler_that_takes_nothing_is_closed(make: MakeRig) -> None:
+async def flood(rig: Room, frame: bytes, session_id: str = "s") -> int:
+    """Send as the session with the scheduler does, until no more is read; how many."""
+    sent = 0
+    while not rig.dispatcher.sockets.room.full:
+        rig.send(session_id, frame)
+        sent += 1
+    return sent
+
+
+async def test_a_handler_that_takes_nothing_is_closed(make: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket_room, "STALE_S", 0.02)
     rig = make(limits=Limits(0, 1, 0.02, 0))
     rig.open()
     rig.open("other")
     (executor,) = rig.executors
-    sent = 0
-    while not (heard := rig.heard()):
-        rig.send("s", b"x" * 100_000)
-        sent += 100_000
-        assert sent <= QUEUE_BYTES + 100_000
-    assert heard == [("s", "slow_consumer")]
-    assert sent > QUEUE_BYTES * 0.9
+    sent = await flood(rig, b"x" * 100_000)
+    assert QUEUE_BYTES < sent * 100_000 < QUEUE_BYTES + WINDOW_BYTES + 200_000
+    assert rig.heard() == []
+    await rig.dispatcher.sockets.room.room()
+    assert rig.heard() == [("s", "slow_consumer")]
+    assert not rig.dispatcher.sockets.room.full
     under_way = len(frames(executor))
     assert under_way * 100_000 < WINDOW_BYTES + 100_000
     rig.send("s", b"dropped")
@@ -462,17 +487,67 @@ async def test_a_handler_that_takes_nothing_is_closed(make: MakeRig) -> None:
     end(executor, reason="error:CancelledError")
     assert rig.heard() == []
     assert len(frames(executor)) == under_way
-    assert rig.dispatcher.sockets._held_bytes == 0
+    assert rig.dispatcher.sockets.room.waiting_bytes == 0
+
+
+async def test_a_burst_makes_the_scheduler_wait_for_a_handler_that_gets_on(make: MakeRig) -> None:
+    rig = make()
+    rig.open()
+    (executor,) = rig.executors
+    await flood(rig, b"x" * 100_000)
+    waiting = asyncio.create_task(rig.dispatcher.sockets.room.room())
+    taken = 0
+    while rig.dispatcher.sockets.room.waiting_bytes > QUEUE_BYTES - RESUMED_BYTES:
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        here = len(frames(executor))
+        executor.say(SocketCredit(key_of(executor), (100_000 + EVENT_OVERHEAD_BYTES) * (here - taken)))
+        taken = here
+    await asyncio.wait_for(waiting, 5)
+    assert rig.heard() == []
+    assert not rig.dispatcher.sockets.room.full
+
+
+async def test_a_handler_that_gets_on_too_slowly_is_closed(make: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket_room, "HOLD_S", 0.1)
+    rig = make()
+    rig.open()
+    (executor,) = rig.executors
+    await flood(rig, b"x" * 100_000)
+    waiting = asyncio.create_task(rig.dispatcher.sockets.room.room())
+    while not waiting.done():
+        executor.say(SocketCredit(key_of(executor), 1))
+        await asyncio.sleep(0.001)
+    assert rig.heard() == [("s", "slow_consumer")]
+
+
+async def test_what_was_on_its_way_is_bounded_too(make: MakeRig) -> None:
+    rig = make()
+    rig.open()
+    sent = 0
+    while not (heard := rig.heard()):
+        rig.send("s", b"x" * MIB)  # as one batch that the scheduler had sent
+        sent += 1
+    assert heard == [("s", "slow_consumer")]
+    assert QUEUE_BYTES + LATE_BYTES < sent * MIB < QUEUE_BYTES + LATE_BYTES + 4 * MIB
+
+
+async def test_a_session_that_ends_makes_room(make: MakeRig) -> None:
+    rig = make()
+    rig.open()
+    await flood(rig, b"x" * 100_000)
+    waiting = asyncio.create_task(rig.dispatcher.sockets.room.room())
+    await asyncio.sleep(0)
+    end(rig.executors[0])
+    await asyncio.wait_for(waiting, 5)
+    assert rig.heard() == [("s", "completed")]
 
 
 async def test_tiny_frames_are_counted_too(make: MakeRig) -> None:
     rig = make()
     rig.open()
-    for number in range(QUEUE_BYTES // EVENT_OVERHEAD_BYTES + 1):
-        rig.send("s", b"")
-        if number in (9_999, 59_999):
-            assert rig.heard() == []
-    assert rig.heard() == [("s", "slow_consumer")]
+    count = (QUEUE_BYTES + WINDOW_BYTES) // EVENT_OVERHEAD_BYTES
+    assert count <= await flood(rig, b"") <= count + 2
 
 
 async def test_frames_that_wait_for_an_executor_are_bounded(make: MakeRig) -> None:
@@ -480,36 +555,103 @@ async def test_frames_that_wait_for_an_executor_are_bounded(make: MakeRig) -> No
     rig.open()
     rig.send("s", *[b"x" * MIB] * 20)
     assert rig.heard() == [("s", "slow_consumer")]
-    assert rig.dispatcher.sockets._held_bytes == 0
+    assert rig.dispatcher.sockets.room.waiting_bytes == 0
     rig.executors[0].load_done(A)
     assert rig.executors[0].sent(SocketOpen) == []
 
 
-async def test_all_sessions_together_are_bounded(make: MakeRig) -> None:
+def fill(rig: Room, *, until_bytes: int) -> list[str]:
+    """Sessions for whose handlers so much waits, none of them too much by itself; the first one's least."""
+    sessions: list[str] = []
+    while rig.dispatcher.sockets.room.waiting_bytes <= until_bytes:
+        sessions.append(f"s{len(sessions)}")
+        rig.open(sessions[-1])
+        for _ in range(10 + len(sessions)):
+            rig.send(sessions[-1], b"x" * 512 * 1024)
+    return sessions
+
+
+async def test_all_sessions_together_are_bounded(make: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket_room, "STALE_S", 0.02)
     rig = make()
-    sessions = [f"s{number}" for number in range(10)]
-    for number, session in enumerate(sessions):
+    room = rig.dispatcher.sockets.room
+    sessions = fill(rig, until_bytes=QUEUES_BYTES)
+    assert room.full
+    assert rig.heard() == []
+    await room.room()
+    assert not room.full
+    assert room.waiting_bytes <= QUEUES_BYTES - RESUMED_BYTES
+    closed = rig.heard()
+    assert {reason for _, reason in closed} == {"slow_consumer"}
+    assert {session for session, _ in closed} <= set(sessions[-4:])  # those for which most waits
+
+
+async def test_a_burst_over_all_sessions_makes_the_scheduler_wait(make: MakeRig) -> None:
+    rig = make()
+    room, (executor,) = rig.dispatcher.sockets.room, rig.executors
+    sessions = fill(rig, until_bytes=QUEUES_BYTES)
+    waiting = asyncio.create_task(room.room())
+    taken = dict.fromkeys(sessions, 0)
+    while room.waiting_bytes > QUEUES_BYTES - RESUMED_BYTES:
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        for session in sessions:
+            here = len(frames(executor, session))
+            size = (512 * 1024 + EVENT_OVERHEAD_BYTES) * (here - taken[session])
+            executor.say(SocketCredit(key_of(executor, session), size))
+            taken[session] = here
+    await asyncio.wait_for(waiting, 5)
+    assert rig.heard() == []
+
+
+async def test_all_sessions_are_bounded_by_what_was_on_its_way_too(make: MakeRig) -> None:
+    rig = make()
+    fill(rig, until_bytes=QUEUES_BYTES)
+    assert rig.heard() == []
+    most = 0
+    for number in range(100):
+        rig.open(f"t{number}")
+        rig.send(f"t{number}", *[b"x" * 512 * 1024] * 4)
+        most = max(most, rig.dispatcher.sockets.room.waiting_bytes)
+    assert {reason for _, reason in rig.heard()} == {"slow_consumer"}
+    assert QUEUES_BYTES + LATE_BYTES < most < QUEUES_BYTES + LATE_BYTES + 2 * MIB
+
+
+async def test_large_frames_of_many_sessions_are_waited_for(make: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket_room, "STALE_S", 0.01)
+    rig = make()
+    (executor,) = rig.executors
+    for session in "abc":
         rig.open(session)
-        rig.send(session, *[b"x" * 512 * 1024] * (10 + number))
-    assert rig.dispatcher.sockets._held_bytes <= QUEUES_BYTES
-    heard = rig.heard()
-    assert heard
-    assert {reason for _, reason in heard} == {"slow_consumer"}
-    assert "s0" not in dict(heard)  # the one that held least
+        rig.send(session, b"x" * 300_000, b"y" * 35 * MIB)  # the first fills the window, the second waits
+    waiting = asyncio.create_task(rig.dispatcher.sockets.room.room())
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    assert rig.heard() == []
+    executor.say(SocketCredit(key_of(executor, "a"), 400_000))
+    executor.say(SocketCredit(key_of(executor, "b"), 400_000))
+    await asyncio.wait_for(waiting, 5)
+    assert rig.heard() == []
 
 
 async def test_large_frames_go_through_shared_memory(make: MakeRig) -> None:
     rig = make()
     rig.open()
     (executor,) = rig.executors
-    data = b"x" * 70 * MIB  # more than may wait, but nothing waits
+    data = b"x" * 70 * MIB  # more than may wait, but it is on its way at once
     rig.send("s", data)
     (frame,) = executor.sent(SocketFrame)
     assert isinstance(frame.data, Blob)
     assert frame.data.size == len(data)
     rig.send("s", b"small")
-    assert rig.heard() == [("s", "slow_consumer")]
+    assert not rig.dispatcher.sockets.room.full
+    rig.send("s", data)
+    assert rig.dispatcher.sockets.room.full
+    assert rig.heard() == []
     executor.say(Free(frame.data.offset))
+    executor.say(SocketCredit(key_of(executor), 70 * MIB))
+    assert not rig.dispatcher.sockets.room.full
+    assert [getattr(each.data, "size", each.data) for each in executor.sent(SocketFrame)[1:]] == [b"small", 70 * MIB]
 
 
 async def test_a_large_frame_of_a_handler(make: MakeRig) -> None:
@@ -630,7 +772,7 @@ class Sessions(RuleBasedStateMachine):
         self.rig.dispatcher.abandon("the test ends")
         self.look()
         assert set(self.closes) == set(self.opened)
-        assert len(self.rig.dispatcher.sockets) == self.rig.dispatcher.sockets._held_bytes == 0
+        assert len(self.rig.dispatcher.sockets) == self.rig.dispatcher.sockets.room.waiting_bytes == 0
         assert self.rig.dispatcher.backlog._runs_bytes == 0
         for each in self.rig.executors:
             each.child.close()
@@ -750,7 +892,9 @@ class Sessions(RuleBasedStateMachine):
     @invariant()
     def the_count_is_right(self) -> None:
         held = self.rig.dispatcher.sockets
-        assert held._held_bytes == sum(each.held_bytes for each in held._sessions.values())
+        waiting = {each.run_id: sum(frame.weight for frame in each.waiting) for each in held._sessions.values()}
+        assert waiting == {each.run_id: each.waiting_bytes for each in held._sessions.values()}
+        assert held.room.waiting_bytes == sum(waiting.values())
         assert all(each.under_way >= 0 for each in held._sessions.values())
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gen_worker.testing.torture.history import (
+    BY_SCHEDULER,
     Arrival,
+    Conversation,
     History,
     Interval,
     Light,
@@ -362,3 +365,31 @@ def test_the_report_counts_and_names_the_seed(world: World) -> None:
     text = render(report)
     assert "VIOLATION lost: run gone of f" in text
     assert "reproduce with: gen-worker torture --seed 7" in text
+
+
+# -- realtime sessions ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, ""),
+        ({"end": BY_SCHEDULER, "reason": "closed", "heard": 1}, ""),
+        ({"end": "fail", "reason": "error:ValueError"}, ""),
+        ({"reason": "worker_crashed", "heard": 0}, ""),
+        ({"reason": "timeout", "closed_at": 22.0, "heard": 0}, ""),
+        ({"stream_ended": True, "reason": "", "heard": 1}, ""),
+        ({"reason": ""}, "was not closed"),
+        ({"reason": "timeout"}, "ended by a timeout after 2.0 s"),
+        ({"reason": "slow_consumer"}, "ended slow_consumer, and was to end completed"),
+        ({"end": BY_SCHEDULER}, "ended completed, and was to end closed"),
+        ({"heard": 4}, "ended completed with 4 of 5 frames sent back"),
+        ({"stream_ended": True, "disorder": "x"}, "got another frame than the next one: x"),
+    ],
+)
+def test_sessions(fields: dict[str, Any], words: str) -> None:
+    talk = Conversation("s", "return", 20.0, opened_at=1.0, closed_at=3.0, sent=5, heard=5, reason="completed")
+    for name, value in fields.items():
+        setattr(talk, name, value)
+    found = [str(violation) for violation in check(History(conversations=[talk]), BOUNDS)]
+    assert found == ([f"session: s {words}"] if words else [])

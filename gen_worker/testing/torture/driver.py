@@ -3,7 +3,7 @@
 Owns: the order of things, and what is asked of the worker at the end.
 
 1. The scheduler listens, the worker starts and registers.
-2. The plan is played: requests, faults of streams and faults of processes, each at its time.
+2. The plan is played: requests, realtime sessions, faults of streams and of processes, each at its time.
 3. The worker is left in peace: every run is answered, every executor is there again, probes succeed.
 4. SIGTERM while runs are under way: they are answered, it leaves with 0 and leaves nothing behind.
 5. The history is checked and summed up.
@@ -24,6 +24,7 @@ from typing import Any, Final
 
 from gen_worker.errors import ValidationError
 from gen_worker.testing.torture import functions
+from gen_worker.testing.torture.conversations import WAIT_S, Conversations
 from gen_worker.testing.torture.faults import BACK_S, StreamFaults
 from gen_worker.testing.torture.history import History, Light, Run
 from gen_worker.testing.torture.invariants import Bounds, bound_of, check, unanswered
@@ -35,7 +36,15 @@ from gen_worker.testing.torture.options import (
     keeps_results,
     worker_environment,
 )
-from gen_worker.testing.torture.plan import LONG_TIMEOUT_MS, HurtProcess, HurtStream, ProcessFault, Send, make_plan
+from gen_worker.testing.torture.plan import (
+    LONG_TIMEOUT_MS,
+    Converse,
+    HurtProcess,
+    HurtStream,
+    ProcessFault,
+    Send,
+    make_plan,
+)
 from gen_worker.testing.torture.processes import WorkerProcess
 from gen_worker.testing.torture.report import Report, summarize
 from gen_worker.testing.torture.requests import (
@@ -140,6 +149,8 @@ class _Torture:
         )
         self._run_ids = (f"{options.seed}-{number}" for number in itertools.count())
         self._faults: Counter[str] = Counter()
+        self._conversations = Conversations(scheduler, history)
+        self._talking: set[asyncio.Task[None]] = set()
         self._hurting: set[asyncio.Task[None]] = set()
         self._stream_faults_waiting = 0
         self._executors = 0
@@ -156,9 +167,10 @@ class _Torture:
                 await self._prove_it_serves()
                 await self._stop()
         finally:
-            for task in (watching, progress, *self._hurting):
+            left = (watching, progress, *self._hurting, *self._talking)
+            for task in left:
                 task.cancel()
-            await asyncio.gather(watching, progress, *self._hurting, return_exceptions=True)
+            await asyncio.gather(*left, return_exceptions=True)
 
     def judge(self) -> Report:
         """After `run`, when the processes are gone and the ledger is read."""
@@ -208,6 +220,8 @@ class _Torture:
             match action:
                 case Send():
                     self._send(action, loop)
+                case Converse():
+                    self._converse(action)
                 case HurtStream():
                     if self._stream_faults_waiting < _WAITING_FAULTS:
                         self._stream_faults_waiting += 1
@@ -231,6 +245,13 @@ class _Torture:
             loop.call_later(cancel_after_s, self._scheduler.cancel, run)
         if action.lethal and self._history.has_ledger:
             self._faults[f"request: {request.function.removeprefix('torture_')}"] += 1
+
+    def _converse(self, action: Converse) -> None:
+        if not self._history.has_ledger:
+            return  # a tenant's own handlers have manners of their own
+        task = asyncio.create_task(self._conversations.hold(action))
+        self._talking.add(task)
+        task.add_done_callback(self._talking.discard)
 
     def _hurt(self, fault: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(fault)
@@ -263,8 +284,9 @@ class _Torture:
     # -- 3 ------------------------------------------------------------------------------------------
 
     async def _settle(self) -> None:
-        """Until every accepted run is answered. What is not answered in its time, the check will find."""
+        """Until every accepted run is answered, and no one talks. What is not in its time, the check will find."""
         await self._stream_faults.wait_back("at the end")
+        await _until(lambda: not self._talking, WAIT_S + BACK_S)
         longest = max((bound_of(run, self._bounds) for run in self._unanswered()), default=0.0)
         await _until(lambda: not self._scheduler.backlog and not self._unanswered(), BACK_S + longest)
 

@@ -20,7 +20,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from gen_worker import ActionContext, ResourceRequirements, worker_function
+from gen_worker import ActionContext, RealtimeSocket, ResourceRequirements, worker_function, worker_websocket
 from gen_worker.errors import AuthError, FatalError, ResourceError, RetryableError, ValidationError
 from gen_worker.injection import ModelRef, ModelRefSource
 
@@ -252,6 +252,24 @@ FAILURES: Final[dict[str, tuple[str, Exception]]] = {
     "unknown": ("internal", KeyError("/root/secret-path")),
 }
 """How `torture_fail` fails: the error_type that must come of it, and what is raised."""
+
+
+SOCKET_ENDS: Final = {"return": "completed", "hang up": "closed", "fail": "error:ValueError"}
+"""What a text frame has `torture_socket` do, and the reason that must come of it."""
+
+
+@worker_websocket()
+async def torture_socket(ctx: ActionContext, sock: RealtimeSocket) -> None:  # noqa: ARG001  (a handler's signature)
+    """Sends binary frames back; a text frame says how to end."""
+    async for frame in sock.iter_frames():
+        if not frame.is_text:
+            await sock.send_bytes(frame.data)
+            continue
+        if frame.data == b"hang up":
+            await sock.close()
+        elif frame.data == b"fail":
+            raise ValueError("as it was told")
+        return
 
 
 # -- what costs the process -------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from gen_worker.testing.torture.requests import Request
 
@@ -74,6 +74,29 @@ class Run:
         return (arrival for arrival in self.arrivals if arrival.what is What.RESULT)
 
 
+BY_SCHEDULER: Final = "closed by the scheduler"
+
+
+@dataclass(slots=True)
+class Conversation:
+    """One realtime session: what was said, heard, and how it ended."""
+
+    session_id: str
+    end: str
+    """BY_SCHEDULER, or what its handler was told to do (functions.SOCKET_ENDS)."""
+    timeout_s: float
+    opened_at: float = 0.0
+    closed_at: float = 0.0
+    sent: int = 0
+    heard: int = 0
+    reason: str = ""
+    """The worker's; empty when no close came."""
+    stream_ended: bool = False
+    """Whether the stream that it was opened on is over, and with it the session."""
+    disorder: str = ""
+    """The first frame that was not the next one, in words."""
+
+
 @dataclass(slots=True)
 class StreamRecord:
     """One stream of the worker."""
@@ -104,6 +127,7 @@ class History:
     """See the module."""
 
     runs: dict[str, Run] = field(default_factory=dict)
+    conversations: list[Conversation] = field(default_factory=list)
     streams: list[StreamRecord] = field(default_factory=list)
     dark: list[Interval] = field(default_factory=list)
     """When the worker could deliver nothing, by what was done to it; they don't overlap."""

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from gen_worker.testing.torture.history import Arrival, History, Interval, Outcome, Run, What
+from gen_worker.testing.torture.functions import SOCKET_ENDS
+from gen_worker.testing.torture.history import Arrival, Conversation, History, Interval, Outcome, Run, What
 from gen_worker.testing.torture.plan import LONG_TIMEOUT_MS
 from gen_worker.testing.torture.requests import BUSY, CRASHED, ERROR_TYPES, SUCCESS
 
@@ -76,6 +77,8 @@ def check(history: History, bounds: Bounds) -> list[Violation]:
     for run in history.runs.values():
         found += [Violation("late", f"{_named(run)} {text}") for text in _lateness(run, history, bounds)]
     found += _repeats(history)
+    for talk in history.conversations:
+        found += [Violation("session", f"{talk.session_id} {text}") for text in _conversation(talk)]
     found += _resources(history, bounds)
     return found
 
@@ -298,6 +301,30 @@ def by_stream(run: Run) -> dict[int, list[Arrival]]:
 def in_order(run: Run) -> list[Arrival]:
     """A run's messages as the worker sent them: a stream that is read late does not make them late."""
     return sorted(run.arrivals, key=lambda arrival: arrival.stream)
+
+
+# -- rules for one session ----------------------------------------------------------------------------
+
+
+def _conversation(talk: Conversation) -> Iterator[str]:
+    """Its frames in order and, when its stream went on, one close that says what may have happened.
+
+    That there is no second close, and no frame after it, is a rule of the stream (`offences`).
+    """
+    if talk.disorder:
+        yield f"got another frame than the next one: {talk.disorder}"
+    if talk.stream_ended:
+        return
+    asked = SOCKET_ENDS.get(talk.end, "closed")
+    if not talk.reason:
+        yield "was not closed"
+    elif talk.reason == "timeout":
+        if talk.closed_at - talk.opened_at < talk.timeout_s:
+            yield f"ended by a timeout after {talk.closed_at - talk.opened_at:.1f} s"
+    elif talk.reason not in (asked, "worker_crashed"):
+        yield f"ended {talk.reason}, and was to end {asked}"
+    elif talk.reason == asked and talk.end in SOCKET_ENDS and talk.heard != talk.sent:
+        yield f"ended {asked} with {talk.heard} of {talk.sent} frames sent back"
 
 
 # -- time and memory ----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What is done when: a sequence of actions that follows from the seed alone.
 
-Owns: how often what happens. Pure. Three tracks run side by side: requests, faults of the stream, faults of processes.
+Owns: how often what happens. Pure. Tracks run side by side: requests, realtime sessions, faults of the stream, and
+faults of processes.
 
 Executors are lost in storms with calm between them. A worker replaces an executor at once, then after 1, 2, 4 ... 60 s
 when it keeps dying, and forgives one that lived for 60 s; killing them all the time would only show that it waits. In a
@@ -91,7 +92,15 @@ class HurtProcess:
     """Which executor: modulo how many there are."""
 
 
-Action = Send | HurtStream | HurtProcess
+@dataclass(frozen=True, slots=True)
+class Converse:
+    """One realtime session. What is said in it follows from its own `seed`."""
+
+    at_s: float
+    seed: int
+
+
+Action = Send | Converse | HurtStream | HurtProcess
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +120,7 @@ LETHAL_GAP_S: Final = (1.5, 3.5)
 
 _QUIET_START_S: Final = 0.5
 _STREAM_GAP_S: Final = (0.3, 2.0)
+_SESSION_GAP_S: Final = (0.1, 0.8)
 _FREEZE_GAP_S: Final = (3.0, 8.0)
 _END_GAP_S: Final = (25.0, 55.0)
 _PAUSE_S: Final = (0.02, 0.25)
@@ -134,7 +144,7 @@ def make_plan(seed: int, seconds: float) -> Plan:
     # Each track has a generator of its own, so that none of them depends on where another one ends.
     tracks = (_requests(_rng(seed, "requests")), _streams(_rng(seed, "streams")), _freezes(_rng(seed, "freezes")))
     actions: list[Action] = []
-    for track in (*tracks, _losses(_rng(seed, "losses")), _ends(_rng(seed, "ends"))):
+    for track in (*tracks, _losses(_rng(seed, "losses")), _ends(_rng(seed, "ends")), _sessions(_rng(seed, "sessions"))):
         for action in track:
             if action.at_s >= seconds:
                 break
@@ -165,6 +175,13 @@ def _send(rng: Random, at_s: float, *, lethal: bool) -> Send:
         cancel_after_s=rng.choice((0.0, rng.uniform(0, 0.05), rng.uniform(0, 1))) if canceled else None,
         copies=rng.randint(2, 4) if repeated else 1,
     )
+
+
+def _sessions(rng: Random) -> Iterator[Converse]:
+    at = _QUIET_START_S
+    while True:
+        at += rng.uniform(*_SESSION_GAP_S)
+        yield Converse(at, rng.getrandbits(64))
 
 
 def _streams(rng: Random) -> Iterator[HurtStream]:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gen_worker.testing.torture.history import History, Peaks, What
+from gen_worker.testing.torture.history import Conversation, History, Peaks, What
 from gen_worker.testing.torture.invariants import Violation, accepted_runs
 from gen_worker.testing.torture.requests import SUCCESS
 
@@ -37,6 +37,8 @@ class Report:
     """Deltas of successful runs that streams took before they broke: what may have been read is not sent twice."""
     repeated: int
     """Deltas that came twice, after a stream that was not read."""
+    sessions: Mapping[str, int]
+    """Realtime sessions by the reason of their close; `stream ended` when it took the session with it."""
     faults: Mapping[str, int]
     streams: int
     executors_lost: int
@@ -88,6 +90,7 @@ def summarize(  # noqa: PLR0913  (what a history does not tell, by name)
         deltas=deltas,
         swallowed=swallowed,
         repeated=repeated,
+        sessions=dict(Counter(map(_end_of, history.conversations)).most_common()),
         faults=dict(sorted(faults.items())),
         streams=len(history.streams),
         executors_lost=executors_lost,
@@ -95,6 +98,10 @@ def summarize(  # noqa: PLR0913  (what a history does not tell, by name)
         violations=tuple(violations),
         reproduce=reproduce,
     )
+
+
+def _end_of(talk: Conversation) -> str:
+    return "stream ended" if talk.stream_ended else talk.reason or "not closed"
 
 
 def render(report: Report) -> str:
@@ -116,6 +123,9 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     lost = f"{report.swallowed} more went down with streams that broke"
     yield "deltas", f"{report.deltas}; {lost}, {report.repeated} came again"
     yield "sent again", f"{report.redelivered} results, after streams that had broken"
+    yield "sessions", str(sum(report.sessions.values()))
+    for reason, count in report.sessions.items():
+        yield f"  {reason}", str(count)
     yield "faults", str(sum(report.faults.values()))
     for name, count in report.faults.items():
         yield f"  {name}", str(count)

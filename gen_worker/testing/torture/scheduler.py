@@ -23,6 +23,7 @@ import msgspec
 
 from gen_worker.testing.mock_orchestrator import (
     MockOrchestrator,
+    RealtimeSession,
     StreamEndedError,
     WaitTimeoutError,
     WorkerConnection,
@@ -131,6 +132,14 @@ class Scheduler:
         except (WaitTimeoutError, StreamEndedError) as error:
             return str(error)
         return "" if answer.success else answer.error_message or "no reason is given"
+
+    async def open_session(self, function: str, session_id: str, timeout_ms: int) -> RealtimeSession:
+        """Open a realtime session on the worker's stream, as soon as it has one. Raises StreamEndedError."""
+        connection = await self.usable()
+        owner = next(scheduler for scheduler in self._schedulers if connection in scheduler.connections)
+        return await owner.open_realtime(
+            function, session_id=session_id, timeout_ms=timeout_ms, tenant_id="torture", worker=connection
+        )
 
     async def _write(self) -> None:
         while True:

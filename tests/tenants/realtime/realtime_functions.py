@@ -6,7 +6,6 @@ import asyncio
 import ctypes
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -139,17 +138,6 @@ async def holds_gil(ctx: ActionContext, sock: RealtimeSocket) -> None:
     await sock.send_text("here")
     await asyncio.sleep(0.05)
     ctypes.PyDLL(None).sleep(3600)
-
-
-@worker_websocket()
-async def blocks_loop(ctx: ActionContext, sock: RealtimeSocket) -> None:
-    """Blocks the event loop once, for as many seconds as the first frame says, then echoes."""
-    first = True
-    async for data in sock.iter_bytes():
-        if first:
-            time.sleep(float(data))  # noqa: ASYNC251  (on purpose)
-            first = False
-        await sock.send_bytes(data)
 
 
 @worker_websocket()
