@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,6 +54,8 @@ def top(
 
 def fetch(address: str) -> bytes:
     """The body of /status. Raises NoAnswer."""
+    import http.client
+
     connection = http.client.HTTPConnection(address, timeout=TIMEOUT_S)
     try:
         connection.request("GET", "/status")
