@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import os
 import socket
 import ssl
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from typing import Any, Final
 
 from supervisor.config_parse import split_address
 from supervisor.doctor.findings import Finding, Host
+from supervisor.http_server import listen, why_not
 from supervisor.settings import Settings
 
 TIMEOUT_S: Final = 5.0
@@ -20,7 +20,7 @@ PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 
 SETTINGS_FRAME: Final = 4
 FRAME_HEADER_BYTES: Final = 9
 PORT_TODO: Final = "free it, or set WORKER_HTTP_ADDR to another (empty: off)"
-ANY: Final = ("", "0.0.0.0", "::")  # noqa: S104  (on which a worker may listen)
+ANY: Final = ("0.0.0.0", "::")  # noqa: S104  (on which a worker may listen)
 LIVEZ: Final = b"ok\n"
 CERTIFICATE_SOON_S: Final = 14 * 86400
 
@@ -30,18 +30,13 @@ def check_port(host: Host) -> list[Finding]:
     address = host.settings.http_addr
     if not address:
         return [Finding("note", "port", "WORKER_HTTP_ADDR is empty: no health, metrics or status")]
-    name, port = split_address(address)
     try:
-        found = socket.getaddrinfo(name or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        with socket.create_server((found[4][0], port), family=found[0]):
+        with listen(address):
             return [Finding("ok", "port", f"{address} is free")]
-    except socket.gaierror as error:
-        return [Finding("warning", "port", f"{address} is no address of this host: {error.strerror}", PORT_TODO)]
     except OSError as error:
-        if _worker_answers(name, port):
+        if _worker_answers(*split_address(address)):
             return [Finding("ok", "port", f"a worker answers at {address}")]
-        reason = os.strerror(error.errno or 0)
-        return [Finding("warning", "port", f"{address} can't be listened on: {reason}", PORT_TODO)]
+        return [Finding("warning", "port", f"{address} can't be listened on: {why_not(error)}", PORT_TODO)]
 
 
 def _worker_answers(host: str, port: int) -> bool:
