@@ -50,13 +50,13 @@ class HttpServer:
         """Listen; the URL with the port that was bound, None when it can't."""
         loop = asyncio.get_running_loop()
         try:
-            listener = await _listen(self._address)
+            listener = await asyncio.to_thread(listen, self._address)
         except OSError as error:
             log.warning(
                 "WORKER_HTTP_ADDR: %s can't be listened on (%s): no health, metrics or status is served; "
                 "free the port or set another (empty: off)",
                 self._address,
-                _reason(error),
+                why_not(error),
             )
             return None
         host, port = listener.getsockname()[:2]
@@ -179,15 +179,17 @@ class _Connection(asyncio.Protocol):
         self._transport.write(b"".join(self._h11.send(event) or b"" for event in events))
 
 
-def _reason(error: OSError) -> str:
+def listen(address: str) -> socket.socket:
+    """A listening socket; of a name with several addresses an IPv4 one. Blocks while a name is looked up.
+
+    Raises OSError, for which `why_not` has the words.
+    """
+    host, port = split_address(address)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, where = min(found, key=lambda entry: entry[0] is not socket.AF_INET)
+    return socket.create_server((where[0], port), family=family, backlog=MAX_CONNECTIONS)
+
+
+def why_not(error: OSError) -> str:
     """Without the address, which socket.create_server puts into the words of some."""
     return str(error.strerror) if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
-
-
-async def _listen(address: str) -> socket.socket:
-    """Raises OSError."""
-    host, port = split_address(address)
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, _, _, _, where = found[0]
-    return socket.create_server((where[0], port), family=family, backlog=MAX_CONNECTIONS)

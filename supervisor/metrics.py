@@ -20,7 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from supervisor.status import Status
+from supervisor.status import GpuStatus, Status
 
 PREFIX: Final = "gen_worker_"
 MAX_FUNCTIONS: Final = 100
@@ -60,12 +60,12 @@ def _one(read: Callable[[Status], float]) -> Callable[[Status], Iterable[Sample]
     return lambda status: [((), float(read(status)))]
 
 
-def _per_gpu(read: Callable[[Status, int], float | None]) -> Callable[[Status], Iterable[Sample]]:
+def _per_gpu(read: Callable[[GpuStatus], float | None]) -> Callable[[Status], Iterable[Sample]]:
     """Nothing for a GPU whose figure is not to be had."""
 
     def samples(status: Status) -> Iterator[Sample]:
-        for position, gpu in enumerate(status.gpus):
-            figure = read(status, position)
+        for gpu in status.gpus:
+            figure = read(gpu)
             if figure is not None:
                 yield (str(gpu.index), gpu.uuid), float(figure)
 
@@ -132,23 +132,23 @@ PULLED: Final = (
     ),
     Pulled(
         "gpu_memory_bytes", GaugeMetricFamily, "Memory of the GPU.", _GPU,
-        _per_gpu(lambda status, at: status.gpus[at].total_bytes),
+        _per_gpu(lambda gpu: gpu.total_bytes),
     ),
     Pulled(
         "gpu_memory_used_bytes", GaugeMetricFamily, "Memory used by all processes, as NVML measures it.", _GPU,
-        _per_gpu(lambda status, at: status.gpus[at].used_bytes),
+        _per_gpu(lambda gpu: gpu.used_bytes),
     ),
     Pulled(
         "gpu_memory_models_bytes", GaugeMetricFamily, "What loaded models take, by the ledger.", _GPU,
-        _per_gpu(lambda status, at: status.gpus[at].models_bytes),
+        _per_gpu(lambda gpu: gpu.models_bytes),
     ),
     Pulled(
         "gpu_memory_reserved_bytes", GaugeMetricFamily, "What the ledger keeps for loads under way.", _GPU,
-        _per_gpu(lambda status, at: status.gpus[at].reserved_bytes),
+        _per_gpu(lambda gpu: gpu.reserved_bytes),
     ),
     Pulled(
         "gpu_utilization_ratio", GaugeMetricFamily, "Share of the last moment in which the GPU computed.", _GPU,
-        _per_gpu(lambda status, at: status.gpus[at].utilization),
+        _per_gpu(lambda gpu: gpu.utilization),
     ),
     Pulled(
         "event_loop_lag_max_seconds", GaugeMetricFamily, "The longest hold-up of the event loop in the last 10 s.", (),

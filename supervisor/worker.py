@@ -153,7 +153,7 @@ class Worker:
             self._oom.stop()
             if self._monitoring is not None:
                 await self._monitoring.stop()
-            if self._tracing is not None:
+            if self._tracing is not None and not self._forced.is_set():
                 await self._tracing.close()
             FAMILY.unfollow()
         return self._exit_code(session)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,6 +54,8 @@ def top(
 
 def fetch(address: str) -> bytes:
     """The body of /status. Raises NoAnswer."""
+    import http.client
+
     connection = http.client.HTTPConnection(address, timeout=TIMEOUT_S)
     try:
         connection.request("GET", "/status")
@@ -102,7 +103,7 @@ def _address(given: str | None) -> str:
         raise NoAnswer(f"{given!r} is no address; expected {error}" if given is not None else str(error)) from None
     if not written or not port:
         raise NoAnswer("WORKER_HTTP_ADDR names no port here, so there is none to ask: --address host:port")
-    if host in ("", "0.0.0.0", "::"):  # noqa: S104  (what a worker listens on everywhere is reached here)
+    if host in ("0.0.0.0", "::"):  # noqa: S104  (what a worker listens on everywhere is reached here)
         host = "127.0.0.1"
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

@@ -40,14 +40,13 @@ def check_disks(host: Host) -> list[Finding]:
 
 
 def check_memory(host: Host) -> list[Finding]:  # noqa: ARG001  (each check gets the host)
-    """Of the container where there is a limit, else of the machine; and shared memory, which large payloads take."""
-    limit, free = memory_limit(), psutil.virtual_memory().available
-    words = f"{limit / GIB:.1f} GiB, {min(free, limit) / GIB:.1f} GiB available"
-    if min(free, limit) < LITTLE_MEMORY:
-        finding = Finding("warning", "memory", words, "models are read through memory: give the container more")
-    else:
-        finding = Finding("ok", "memory", words)
-    return [finding]
+    """The container's where it has a limit, else the machine's. What is available is the machine's, up to the limit."""
+    limit = memory_limit()
+    free = min(limit, psutil.virtual_memory().available)
+    words = f"{limit / GIB:.1f} GiB, {free / GIB:.1f} GiB available"
+    if free < LITTLE_MEMORY:
+        return [Finding("warning", "memory", words, "models are read through memory: give the container more")]
+    return [Finding("ok", "memory", words)]
 
 
 def check_limits(host: Host) -> list[Finding]:  # noqa: ARG001  (each check gets the host)
@@ -59,7 +58,7 @@ def check_limits(host: Host) -> list[Finding]:  # noqa: ARG001  (each check gets
         _limit("open files", files, FEW_FILES, "ulimit -n"),
         _limit("processes", processes, FEW_PROCESSES, "ulimit -u"),
     ]
-    if core not in (0, resource.RLIM_INFINITY) or core == resource.RLIM_INFINITY:
+    if core:
         todo = "ulimit -c 0, unless you want them: an executor's core is as large as its models"
         findings.append(Finding("note", "core dumps", "are written when an executor crashes", todo))
     return findings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import socket
 import ssl
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from typing import Any, Final
 
 from supervisor.config_parse import split_address
 from supervisor.doctor.findings import Finding, Host
+from supervisor.http_server import listen, why_not
 from supervisor.settings import Settings
 
 TIMEOUT_S: Final = 5.0
@@ -17,6 +19,9 @@ PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 
 """What an HTTP/2 client says first: the preface and an empty SETTINGS frame (RFC 9113, 3.4)."""
 SETTINGS_FRAME: Final = 4
 FRAME_HEADER_BYTES: Final = 9
+PORT_TODO: Final = "free it, or set WORKER_HTTP_ADDR to another (empty: off)"
+ANY: Final = ("0.0.0.0", "::")  # noqa: S104  (on which a worker may listen)
+LIVEZ: Final = b"ok\n"
 CERTIFICATE_SOON_S: Final = 14 * 86400
 
 
@@ -25,14 +30,25 @@ def check_port(host: Host) -> list[Finding]:
     address = host.settings.http_addr
     if not address:
         return [Finding("note", "port", "WORKER_HTTP_ADDR is empty: no health, metrics or status")]
-    name, port = split_address(address)
     try:
-        found = socket.getaddrinfo(name or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        with socket.create_server((found[4][0], port), family=found[0]):
+        with listen(address):
             return [Finding("ok", "port", f"{address} is free")]
     except OSError as error:
-        todo = "fine if a worker runs here; else set WORKER_HTTP_ADDR to another (empty: off)"
-        return [Finding("warning", "port", f"{address} can't be listened on: {error.strerror}", todo)]
+        if _worker_answers(*split_address(address)):
+            return [Finding("ok", "port", f"a worker answers at {address}")]
+        return [Finding("warning", "port", f"{address} can't be listened on: {why_not(error)}", PORT_TODO)]
+
+
+def _worker_answers(host: str, port: int) -> bool:
+    """Whether it is a worker of ours that has this port."""
+    connection = http.client.HTTPConnection(host if host not in ANY else "127.0.0.1", port, timeout=TIMEOUT_S)
+    try:
+        connection.request("GET", "/livez")
+        return connection.getresponse().read(16) == LIVEZ
+    except (OSError, http.client.HTTPException):
+        return False  # whoever it is, it is no worker that lives
+    finally:
+        connection.close()
 
 
 def check_scheduler(host: Host) -> list[Finding]:

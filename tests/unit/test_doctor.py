@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.metadata
 import json
@@ -13,6 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,11 +27,13 @@ from typer.testing import CliRunner
 from gen_worker.cli import app
 from supervisor.config import load_settings
 from supervisor.devices import Device, DeviceError, DeviceMemory, DeviceProbe
-from supervisor.doctor import gpus, host, packages
+from supervisor.doctor import gpus, host, network, packages
 from supervisor.doctor.checks import examine
 from supervisor.doctor.credentials import check_token
 from supervisor.doctor.findings import Finding, Host
 from supervisor.doctor.network import check_port, check_scheduler
+from supervisor.endpoints import plain
+from supervisor.http_server import HttpServer
 
 SECRET = "the-key-of-the-doctor-test-32-bytes"
 SETTINGS_FRAME = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
@@ -194,13 +198,25 @@ def test_tls_is_dialed_and_there_is_none(tmp_path: Path) -> None:
     assert "the certificates can't be used" in finding.what
 
 
-def test_the_port() -> None:
+def test_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "TIMEOUT_S", 0.1)  # what has the port says nothing
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         (finding,) = check_port(host_of(WORKER_HTTP_ADDR=address))
-        assert (finding.level, address in finding.what) == ("warning", True)
+        assert (finding.level, finding.what) == ("warning", f"{address} can't be listened on: Address already in use")
     assert levels(check_port(host_of(WORKER_HTTP_ADDR=address))) == ["ok"]
     assert levels(check_port(host_of(WORKER_HTTP_ADDR=""))) == ["note"]
+    assert levels(check_port(host_of(WORKER_HTTP_ADDR="no-such-host.invalid:80"))) == ["warning"]
+
+
+async def test_the_port_of_a_worker_that_runs() -> None:
+    server = HttpServer("127.0.0.1:0", lambda *_: plain(HTTPStatus.OK, "ok\n"))
+    url = await server.start()
+    assert url is not None
+    host = host_of(WORKER_HTTP_ADDR=url.removeprefix("http://"))
+    (finding,) = await asyncio.to_thread(check_port, host)
+    assert (finding.level, "a worker answers" in finding.what) == ("ok", True)
+    await server.stop()
 
 
 # -- GPUs and torch -----------------------------------------------------------------------------

@@ -148,6 +148,12 @@ async def test_a_taken_port_is_a_warning(caplog: pytest.LogCaptureFixture) -> No
     assert "free the port or set another" in caplog.text
 
 
+async def test_a_name_is_listened_on_where_most_look_for_it() -> None:
+    server = HttpServer("localhost:0", lambda *_: pytest.fail("nobody asks"))
+    assert str(await server.start()).startswith("http://127.0.0.1:")
+    await server.stop()
+
+
 @pytest.mark.parametrize("address", ["no-such-host.invalid:1", "192.0.2.1:80"])
 async def test_an_address_that_is_not_here_is_a_warning(address: str, caplog: pytest.LogCaptureFixture) -> None:
     assert await HttpServer(address, lambda *_: pytest.fail("nobody asks")).start() is None
