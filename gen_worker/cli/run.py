@@ -10,6 +10,7 @@ Owns: the exit codes, and what a Ctrl-C means: the first cancels the run, the se
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Coroutine, Mapping
@@ -37,11 +38,13 @@ class ExitCode(IntEnum):
     USAGE = 2
     NO_WORKER = 3
     CANCELED = 130
+    BROKEN_PIPE = 141
 
 
 EPILOG: Final = (
     "Exit codes: 0 the run succeeded; 1 it failed; 2 the command line, the project or the payload can't be used; "
-    "3 the worker did not start, or ended before the run had a result; 130 canceled by Ctrl-C."
+    "3 the worker did not start, or ended before the run had a result; 130 canceled by Ctrl-C; "
+    "141 nobody reads the output any more."
 )
 START_S: Final = 300.0
 """A first start may import torch from a cold disk."""
@@ -157,6 +160,10 @@ class _Call:
                     return await self._call()
             except WorkerStartError as error:
                 self._show.problem(f"the worker did not start: {error}")
+            except BrokenPipeError:
+                # Python flushes stdout at exit once more, which must not fail again.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return ExitCode.BROKEN_PIPE
             except (MockOrchestratorError, OSError) as error:
                 self._show.problem(str(error))
             except _Interrupted:
@@ -184,7 +191,11 @@ class _Call:
         payload = request.payload(function, self._given, worker)
         self._show.status(f"running {function.name}")
         handle = await worker.call(function.name, payload, timeout_ms=request.timeout_ms)
-        return await self._follow(handle)
+        try:
+            return await self._follow(handle)
+        except BrokenPipeError:
+            await handle.cancel()
+            raise
 
     async def _follow(self, handle: RunHandle) -> ExitCode:
         """Show the run to its end."""
@@ -199,6 +210,8 @@ class _Call:
                 hurried = asyncio.ensure_future(self._hurried.wait())
                 await asyncio.wait((showing, ended, hurried), timeout=CANCEL_S, return_when=asyncio.FIRST_COMPLETED)
                 hurried.cancel()
+            if showing.done():
+                showing.result()  # raises when what came can't be shown
         finally:
             for task in (showing, ended, interrupted):
                 task.cancel()
