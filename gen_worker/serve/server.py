@@ -37,6 +37,9 @@ DEBOUNCE_MS: Final = 200
 """Of file changes: an editor writes several files, and each in several steps."""
 
 
+_BACKLOG: Final = 128
+
+
 class AddressError(Exception):
     """The address can't be listened on, in one line."""
 
@@ -220,6 +223,7 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host.strip("[]"), port))
+            listening.listen(_BACKLOG)  # from here on callers wait, until HTTP is up
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise AddressError(f"can't listen on {host}:{port}: {reason}; choose another with --port") from error

@@ -182,6 +182,7 @@ def test_pages_of_other_origins_and_foreign_names_are_turned_away(client: httpx.
     assert status(**{"sec-fetch-site": "cross-site"}) == 403
 
 
+@pytest.mark.timeout(180)
 def test_code_that_changes_replaces_the_executors_only(tmp_path: Path) -> None:
     project = copy_of("serve", tmp_path)
     with DevServer(project, "--executors", "2", "--verbose") as server:
