@@ -92,8 +92,9 @@ def run(
         refuse_clash()
         check_project(project)
         given = request.from_json()
-        options = LocalOptions(project.resolve(), child_environment(), 1, files_dir, show.log)
-        code = asyncio.run(_Call(LocalWorker(options), request, given, show).run())
+        worker = LocalWorker(LocalOptions(project.resolve(), child_environment(), 1, files_dir))
+        worker.listeners.append(show.log)
+        code = asyncio.run(_Call(worker, request, given, show).run())
     except (ProjectError, ValidationError) as error:
         show.problem(str(error))
         code = ExitCode.USAGE
@@ -176,6 +177,7 @@ class _Call:
         self._interrupted.set()
         if self._interrupts > 1:
             self._hurried.set()
+            self._worker.terminate()
 
     async def _call(self) -> ExitCode:
         worker, request = self._worker, self._request
