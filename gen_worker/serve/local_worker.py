@@ -34,7 +34,13 @@ from gen_worker.manifest import Manifest
 from gen_worker.project import load_project
 from gen_worker.serve.functions import Function
 from gen_worker.serve.worker_log import LogLine, read_line
-from gen_worker.testing.mock_orchestrator import FileStoreServer, MockOrchestrator, RunHandle, WorkerConnection
+from gen_worker.testing.mock_orchestrator import (
+    FileStoreServer,
+    MockOrchestrator,
+    RealtimeSession,
+    RunHandle,
+    WorkerConnection,
+)
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +230,10 @@ class LocalWorker:
         return await self.orchestrator.run(
             function, data, timeout_ms=timeout_ms, file_base_url=self.files.url, file_token=self.token
         )
+
+    async def open_realtime(self, function: str) -> RealtimeSession:
+        """Open a session. Raises NoWorkerError and StreamEndedError."""
+        return await self.orchestrator.open_realtime(function, file_base_url=self.files.url, file_token=self.token)
 
     # -- inside -------------------------------------------------------------------------------------
 

@@ -102,7 +102,9 @@ def test_a_public_address_needs_a_token(tmp_path: Path) -> None:
     refused = gen_worker("serve", tmp_path / "studio", "--host", "0.0.0.0")
     assert refused.exit_code == 2
     assert refused.stderr.startswith("error: 0.0.0.0 is not this machine alone")
-    check_address("0.0.0.0", "secret")
+    check_address("0.0.0.0", "secret-1_A")
+    with pytest.raises(AddressError, match="the token has characters"):
+        check_address("0.0.0.0", "two words")
     check_address("127.0.0.1", "")
     with pytest.raises(AddressError):
         check_address("example.org", "")
