@@ -58,4 +58,4 @@ class Renewal:
                 rest = len(pool.slots) - number - 1
                 log.error("the new executor of slot %d does not serve: %d others keep what they have", number, rest)
                 return
-        log.info("all executors are new")
+        log.info("all executors are new")  # gen_worker/serve/state.py knows this line

@@ -12,7 +12,8 @@ from gen_worker._version import __version__
 from gen_worker.cli import doctor, init, project, run, serve, top, torture
 
 app = typer.Typer(
-    help="Write, check and describe the functions that a worker runs. The worker itself is gen-worker-supervisor.",
+    help="Write, try and check the functions that a worker runs: begin with gen-worker init, then run and serve. "
+    "The worker itself is gen-worker-supervisor.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

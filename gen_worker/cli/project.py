@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -24,26 +27,26 @@ def validate(
     root: Root = Path(),
     require_uv_lock: Annotated[bool, typer.Option(help="A missing uv.lock is an error, not a warning.")] = False,  # noqa: FBT002
     code: Annotated[bool, typer.Option(help="Import the code too, and check every function's signature.")] = True,  # noqa: FBT002
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,  # noqa: FBT002
 ) -> None:
     """Check the project's layout, its [tool.cozy] and its functions; exit 1 when something is wrong."""
     from gen_worker.project import validate_project
 
     result = validate_project(root, require_uv_lock)
-    for warning in result.warnings:
-        typer.secho(f"warning: {warning}", err=True, fg=typer.colors.YELLOW)
-    for error in result.errors:
-        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
-    if not result.ok:
-        raise typer.Exit(1)
-    functions = f": {', '.join(_function_names(root))}" if code else ""
-    typer.echo(f"ok{functions}")
+    errors, functions = list(result.errors), list[str]()
+    if code and not errors:
+        functions, found = _look_at_code(root)
+        errors += found
+    if as_json:
+        report = {"ok": not errors, "errors": errors, "warnings": result.warnings, "functions": functions}
+        typer.echo(json.dumps(report))
+    else:
+        _print(errors, result.warnings, functions)
+    raise typer.Exit(1 if errors else 0)
 
 
-def _function_names(root: Path) -> list[str]:
-    """What discovery finds; leaves with 1 when that fails."""
-    import contextlib
-    import sys
-
+def _look_at_code(root: Path) -> tuple[list[str], list[str]]:
+    """The functions, and errors."""
     from gen_worker.discover import discover_manifest
     from gen_worker.errors import WorkerError
 
@@ -51,6 +54,14 @@ def _function_names(root: Path) -> list[str]:
         with contextlib.redirect_stdout(sys.stderr):  # what the modules print while they are imported
             manifest = discover_manifest(root)
     except WorkerError as error:
-        typer.secho(f"error: {' '.join(str(error).split())}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(1) from None
-    return [entry["name"] for entry in (*manifest["functions"], *manifest["websockets"])]
+        return [], [" ".join(str(error).split())]
+    return [entry["name"] for entry in (*manifest["functions"], *manifest["websockets"])], []
+
+
+def _print(errors: list[str], warnings: list[str], functions: list[str]) -> None:
+    for warning in warnings:
+        typer.secho(f"warning: {warning}", err=True, fg=typer.colors.YELLOW)
+    for error in errors:
+        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+    if not errors:
+        typer.echo(f"ok: {', '.join(functions)}" if functions else "ok")

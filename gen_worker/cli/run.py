@@ -10,6 +10,7 @@ Owns: the exit codes, and what a Ctrl-C means: the first cancels the run, the se
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Coroutine, Mapping
@@ -37,11 +38,13 @@ class ExitCode(IntEnum):
     USAGE = 2
     NO_WORKER = 3
     CANCELED = 130
+    BROKEN_PIPE = 141
 
 
 EPILOG: Final = (
     "Exit codes: 0 the run succeeded; 1 it failed; 2 the command line, the project or the payload can't be used; "
-    "3 the worker did not start, or ended before the run had a result; 130 canceled by Ctrl-C."
+    "3 the worker did not start, or ended before the run had a result; 130 canceled by Ctrl-C; "
+    "141 nobody reads the output any more."
 )
 START_S: Final = 300.0
 """A first start may import torch from a cold disk."""
@@ -89,8 +92,9 @@ def run(
         refuse_clash()
         check_project(project)
         given = request.from_json()
-        options = LocalOptions(project.resolve(), child_environment(), 1, files_dir, show.log)
-        code = asyncio.run(_Call(LocalWorker(options), request, given, show).run())
+        worker = LocalWorker(LocalOptions(project.resolve(), child_environment(), 1, files_dir))
+        worker.listeners.append(show.log)
+        code = asyncio.run(_Call(worker, request, given, show).run())
     except (ProjectError, ValidationError) as error:
         show.problem(str(error))
         code = ExitCode.USAGE
@@ -157,6 +161,10 @@ class _Call:
                     return await self._call()
             except WorkerStartError as error:
                 self._show.problem(f"the worker did not start: {error}")
+            except BrokenPipeError:
+                # Python flushes stdout at exit once more, which must not fail again.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return ExitCode.BROKEN_PIPE
             except (MockOrchestratorError, OSError) as error:
                 self._show.problem(str(error))
             except _Interrupted:
@@ -169,6 +177,7 @@ class _Call:
         self._interrupted.set()
         if self._interrupts > 1:
             self._hurried.set()
+            self._worker.terminate()
 
     async def _call(self) -> ExitCode:
         worker, request = self._worker, self._request
@@ -184,7 +193,11 @@ class _Call:
         payload = request.payload(function, self._given, worker)
         self._show.status(f"running {function.name}")
         handle = await worker.call(function.name, payload, timeout_ms=request.timeout_ms)
-        return await self._follow(handle)
+        try:
+            return await self._follow(handle)
+        except BrokenPipeError:
+            await handle.cancel()
+            raise
 
     async def _follow(self, handle: RunHandle) -> ExitCode:
         """Show the run to its end."""
@@ -199,6 +212,8 @@ class _Call:
                 hurried = asyncio.ensure_future(self._hurried.wait())
                 await asyncio.wait((showing, ended, hurried), timeout=CANCEL_S, return_when=asyncio.FIRST_COMPLETED)
                 hurried.cancel()
+            if showing.done():
+                showing.result()  # raises when what came can't be shown
         finally:
             for task in (showing, ended, interrupted):
                 task.cancel()

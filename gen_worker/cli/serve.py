@@ -51,7 +51,8 @@ def serve(
             typer.secho(str(line), fg=typer.colors.RED if line.is_error else None, dim=not line.is_error)
 
     async def run() -> None:
-        worker = LocalWorker(LocalOptions(project.resolve(), child_environment(), executors, files_dir, show))
+        worker = LocalWorker(LocalOptions(project.resolve(), child_environment(), executors, files_dir))
+        worker.listeners.append(show)
         await DevServer(project, worker, ServeOptions(host, port, token, reload, typer.echo)).run()
 
     try:

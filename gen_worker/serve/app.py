@@ -100,8 +100,11 @@ class _Api:
             raise HTTPException(503, f"the worker is not there: {self._state.problem or error}") from error
         headers = {"x-run-id": call.record.run_id}
         if _wants_events(request):
-            return EventStream(_run_events(call), headers)
-        return await unless_gone(request.receive, _answer(call, headers))
+            return EventStream(_run_events(call), headers, call.close)
+        try:
+            return await unless_gone(request.receive, _answer(call, headers))
+        finally:
+            call.close()
 
     async def run(self, request: Request) -> Response:
         run_id = request.path_params["run_id"]
@@ -138,7 +141,7 @@ class _Api:
 
 
 async def _answer(call: Call, headers: dict[str, str]) -> Response:
-    """Wait for the run's end. Closed before that, it cancels the run."""
+    """Wait for the run's end."""
     try:
         async with aclosing(call.events()) as events:
             async for _ in events:
@@ -157,9 +160,9 @@ async def _run_events(call: Call) -> AsyncGenerator[bytes, None]:
         async with aclosing(call.events()) as events:
             async for event in events:
                 yield sse(event.type, event.payload)
-        output = None if call.function.incremental else call.output()
-        if call.function.incremental:
-            call.output()  # a failed one raises
+        output = call.output()
+        call.close()
+        output = None if call.function.incremental else output  # its deltas were sent
         yield sse("result", {"run_id": call.record.run_id, "output": output, "seconds": call.record.seconds})
     except RunFailedError as error:
         yield sse("error", error_body(error))

@@ -18,10 +18,11 @@ import secrets
 import signal
 import sys
 import tempfile
+import time
 import tomllib
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -33,7 +34,13 @@ from gen_worker.manifest import Manifest
 from gen_worker.project import load_project
 from gen_worker.serve.functions import Function
 from gen_worker.serve.worker_log import LogLine, read_line
-from gen_worker.testing.mock_orchestrator import FileStoreServer, MockOrchestrator, RunHandle, WorkerConnection
+from gen_worker.testing.mock_orchestrator import (
+    FileStoreServer,
+    MockOrchestrator,
+    RealtimeSession,
+    RunHandle,
+    WorkerConnection,
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +74,6 @@ class LocalOptions:
     """On a host without a GPU; None: the supervisor's default."""
     files_dir: Path | None = None
     """Where the file store keeps its files; None: a directory that is removed at the end."""
-    on_line: Callable[[LogLine], None] = field(default=lambda _line: None)
-    """Called with each line that the worker writes."""
 
 
 class LocalWorker:
@@ -82,8 +87,8 @@ class LocalWorker:
         self._reader: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self.orchestrator = MockOrchestrator(required_token=self.token)
-        self.on_line: Callable[[LogLine], None] = lambda _line: None
-        """Called as that of the options, for who comes later."""
+        self.listeners: list[Callable[[LogLine], None]] = []
+        """Each is called with each line that the worker writes."""
         self.lines: deque[LogLine] = deque(maxlen=KEPT_LINES)
         """The end of what the worker wrote."""
 
@@ -102,6 +107,7 @@ class LocalWorker:
         """Start the child; it is not ready yet. Raises ProjectError and OSError."""
         self._write_manifest()
         self.lines.clear()
+        self._started_at = time.monotonic()
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "gen_worker.serve.child", str(os.getpid())),
             cwd=self._options.project,
@@ -117,7 +123,9 @@ class LocalWorker:
     async def wait_ready(self, timeout_s: float) -> None:
         """Until it serves functions. Raises WorkerStartError when it ends before, or does not in time."""
         ready = asyncio.ensure_future(
-            self.orchestrator.wait_for_registration(lambda it: bool(it.resources.available_functions), timeout_s)
+            self.orchestrator.wait_for_registration(
+                lambda it: bool(it.resources.available_functions), timeout_s, since=self._started_at
+            )
         )
         ended = asyncio.ensure_future(self.wait_ended())
         try:
@@ -172,12 +180,11 @@ class LocalWorker:
         if self._process is not None and self._process.returncode is None:
             self._process.terminate()
 
-    async def stop(self, *, at_once: bool = False) -> None:
-        """End the child, all that it started, and the scheduler; `at_once` cuts off what runs."""
+    async def stop(self) -> None:
+        """End the child, all that it started, and the scheduler. A `terminate` meanwhile cuts off what runs."""
         process = self._process
         if process is not None and process.returncode is None:
-            for _ in range(2 if at_once else 1):
-                process.terminate()
+            process.terminate()
             try:
                 await asyncio.wait_for(process.wait(), LEAVE_S)
             except TimeoutError:
@@ -224,6 +231,10 @@ class LocalWorker:
             function, data, timeout_ms=timeout_ms, file_base_url=self.files.url, file_token=self.token
         )
 
+    async def open_realtime(self, function: str) -> RealtimeSession:
+        """Open a session. Raises NoWorkerError and StreamEndedError."""
+        return await self.orchestrator.open_realtime(function, file_base_url=self.files.url, file_token=self.token)
+
     # -- inside -------------------------------------------------------------------------------------
 
     def _write_manifest(self) -> None:
@@ -265,8 +276,8 @@ class LocalWorker:
                 return
             line = read_line(raw.decode(errors="replace").rstrip())
             self.lines.append(line)
-            self._options.on_line(line)
-            self.on_line(line)
+            for listener in self.listeners:
+                listener(line)
 
 
 def check_project(root: Path) -> None:

@@ -33,7 +33,7 @@ def realtime_route(state: DevState) -> Callable[[WebSocket], Awaitable[None]]:
     async def endpoint(socket: WebSocket) -> None:
         await socket.accept()
         try:
-            session = await state.worker.orchestrator.open_realtime(socket.path_params["name"])
+            session = await state.worker.open_realtime(socket.path_params["name"])
         except MockOrchestratorError as error:
             await _close(socket, TRY_AGAIN, str(error))
             return

@@ -58,7 +58,7 @@ class RunRecord:
 
 
 class Call:
-    """One run, for whoever asked for it: `events` once, then `output`."""
+    """One run, for whoever asked for it: `events` once, then `output`, and `close` in any case."""
 
     def __init__(self, handle: RunHandle, record: RunRecord, function: Function, runs: Runs) -> None:
         self._handle = handle
@@ -68,10 +68,7 @@ class Call:
         self.function = function
 
     async def events(self) -> AsyncGenerator[RunEvent, None]:
-        """The run's events, until its result is here. Closed before that, it cancels the run.
-
-        Raises WorkerGoneError.
-        """
+        """The run's events, until its result is here. Raises WorkerGoneError."""
         stream = self._handle.stream()
         gone = asyncio.ensure_future(self._runs.worker_gone())
         try:
@@ -90,12 +87,16 @@ class Call:
                 yield event
         finally:
             gone.cancel()
-            self._runs.ended(self._handle, self.record, self.output)
 
     def output(self) -> Any:
         """The output; of a streaming function the list of its deltas. Raises RunFailedError."""
         output = decode_output(self._handle.results[0].message)
         return self._deltas if self.function.incremental else output
+
+    def close(self) -> None:
+        """Nobody follows the run any more: one that has no result yet is canceled. Does nothing the second time."""
+        if self.record.state == "running":
+            self._runs.ended(self._handle, self.record, self.output)
 
     def _note(self, event: RunEvent) -> None:
         if event.type == "job.progress" and isinstance(event.payload, dict):
@@ -154,14 +155,14 @@ class Runs:
         """Nobody follows the run any more: it has its result, or its client or the worker is gone."""
         record.seconds = time.monotonic() - handle.sent_at
         record.state = "failed"
+        record.error = {"type": "canceled", "message": "the client or the worker went away", "retryable": False}
         if handle.done:
             try:
                 record.output = _kept(outcome())
-                record.state = "succeeded"
+                record.state, record.error = "succeeded", None
             except RunFailedError as error:
                 record.error = error_body(error)
         else:
-            record.error = {"type": "canceled", "message": "the client or the worker went away", "retryable": False}
             self.cancel(record.run_id)
         self._handles.pop(record.run_id, None)
         self._worker.orchestrator.forget(handle)

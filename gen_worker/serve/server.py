@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlencode
 
 import uvicorn
 from watchfiles import Change, DefaultFilter, awatch
@@ -35,6 +37,9 @@ START_S: Final = 24 * 3600.0
 """The server waits for its worker as long as that lives."""
 DEBOUNCE_MS: Final = 200
 """Of file changes: an editor writes several files, and each in several steps."""
+_BACKLOG: Final = 128
+_TOKEN: Final = re.compile(r"[!#-+\--:<-\[\]-~]+")
+"""What a cookie's value may be made of (RFC 6265)."""
 
 
 class AddressError(Exception):
@@ -60,22 +65,18 @@ class DevServer:
         self._options = options
         self._worker = worker
         self._state = DevState(project_name(self._project), worker)
-        worker.on_line = self._state.take_line
+        worker.listeners.append(self._state.take_line)
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._signals = 0
+        self._renew_when_ready = False
 
     async def run(self) -> None:
         """Raises AddressError, ProjectError, ListenError."""
         options = self._options
-        with _listen(options.host, options.port) as listening:
-            await self._worker.open()
-            try:
+        with _listen(options.host, options.port) as listening, self._signal_handlers():
+            async with self._worker:
                 await self._worker.start()
-                with self._signal_handlers():
-                    await self._serve(listening)
-            finally:
-                await self._worker.stop(at_once=self._signals > 1)
+                await self._serve(listening)
 
     async def _serve(self, listening: socket.socket) -> None:
         http = HttpServer(
@@ -109,7 +110,7 @@ class DevServer:
     def _address(self, listening: socket.socket) -> str:
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        query = f"/?token={self._options.token}" if self._options.token else ""
+        query = f"/?{urlencode({'token': self._options.token})}" if self._options.token else ""
         return f"http://{shown}:{port}{query}"
 
     # -- the worker ---------------------------------------------------------------------------------
@@ -121,6 +122,8 @@ class DevServer:
                 await self._worker.wait_ready(START_S)
                 self._state.enter(Phase.SERVING)
                 self._options.say(f"ready: {', '.join(self._state.functions())}")
+                if self._renew_when_ready:
+                    self._reload(has_settings=False)
                 follow = asyncio.ensure_future(self._follow_registrations())
                 try:
                     code = await self._worker.wait_ended()
@@ -168,11 +171,14 @@ class DevServer:
             self._reload(has_settings=any(path.name == "pyproject.toml" for path in paths))
 
     def _reload(self, *, has_settings: bool) -> None:
+        self._renew_when_ready = False
         if self._worker.pid is None:
             self._changed.set()
         elif has_settings:  # the supervisor has read them
             self._changed.set()
             self._worker.terminate()
+        elif self._state.phase is Phase.STARTING:
+            self._renew_when_ready = True  # it may have read some of the code already, and does not know the signal yet
         else:
             self._state.enter(Phase.RELOADING)
             self._worker.renew()
@@ -192,7 +198,8 @@ class DevServer:
                 loop.remove_signal_handler(number)
 
     def _on_signal(self) -> None:
-        self._signals += 1
+        if self._stopping.is_set():
+            self._worker.terminate()  # which it takes for a second signal, too
         self._stopping.set()
 
 
@@ -220,6 +227,7 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host.strip("[]"), port))
+            listening.listen(_BACKLOG)  # from here on callers wait, until HTTP is up
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise AddressError(f"can't listen on {host}:{port}: {reason}; choose another with --port") from error
@@ -227,7 +235,9 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def check_address(host: str, token: str) -> None:
-    """Raises AddressError for an address that others reach, without a token to keep them out."""
+    """Raises AddressError for an address that others reach without a token, and for a token that can't be one."""
+    if token and not _TOKEN.fullmatch(token):
+        raise AddressError("the token has characters that a cookie can't have: use letters, digits, - and _")
     if not is_loopback(host) and not token:
         raise AddressError(
             f"{host} is not this machine alone, and the server runs what it is asked to: "

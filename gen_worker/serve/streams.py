@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, Final, TypeVar
 
@@ -26,19 +26,27 @@ def sse(event: str, data: object) -> bytes:
 
 
 class EventStream:
-    """An ASGI answer of server-sent events. `events` is closed when they end or the client goes away."""
+    """An ASGI answer of server-sent events. `on_end` is called when they end or the client goes away."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str] | None = None,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
         self._events = events
+        self._on_end = on_end
         self._headers = {"content-type": "text/event-stream; charset=utf-8", **(headers or {})}
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(name.encode(), value.encode()) for name, value in self._headers.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
             await unless_gone(receive, self._send(send))
         except ClientGone:
             return
+        finally:
+            self._on_end()
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self._events) as events:

@@ -65,6 +65,13 @@ def test_a_worker_that_does_not_start_is_3() -> None:
     assert done.stderr.startswith("error: the worker did not start: gen-worker-supervisor: WORKER_EXECUTOR_THREADS")
 
 
+def test_a_reader_that_leaves_ends_the_run() -> None:
+    command = f"{PROGRAM} run tell words=400 --project {PROJECT} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.stdout.splitlines() == ['{"text":"Once "}', "141"]
+    assert "Traceback" not in done.stderr
+
+
 def test_ctrl_c_cancels_the_run_and_leaves_nothing_behind() -> None:
     command = [str(PROGRAM), "run", "wait", "--project", str(PROJECT)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,10 @@ def shared_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser
 
 @pytest.fixture(scope="module")
 def server(project: Path, shared_browser: Browser) -> Iterator[DevServer]:  # no server where there is no browser
-    with DevServer(project) as server:
+    (project / "words.txt").write_text("a few words")
+    model = {"cozy:demo/words:latest": {"root_dir": str(project), "files": {"words.txt": "words.txt"}}}
+    env = {"WORKER_FAKE_GPU_COUNT": "1", "WORKER_MODEL_ARTIFACTS_JSON": json.dumps(model)}
+    with DevServer(project, env=env) as server:
         yield server.wait_ready()
 
 
@@ -113,7 +117,13 @@ def test_a_file_goes_up_and_comes_back(page: Browser, tmp_path: Path) -> None:
 
 def test_the_worker_is_shown_and_new_code_without_a_reload_of_the_page(page: Browser, project: Path) -> None:
     page.one("#executors li", "pid")
-    page.one("#device li", "cores")
+    page.one("#device li", "Simulated GPU")
+    page.one("#device li", "24.0 GiB")
+    page.one("#models li", "disk")
+    choose(page, "ask")
+    page.one("#run").click()
+    page.one("#output pre", "a few words")
+    page.one("#models li", "VRAM")
     choose(page, "tell")
     page.field("subject").send_keys(" of old")
     code = project / "studio.py"

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -28,14 +28,15 @@ WAIT_S: Final = 40.0
 class DevServer:
     """Started by `with`; stopped, or killed, at its end."""
 
-    def __init__(self, project: Path, *options: str) -> None:
+    def __init__(self, project: Path, *options: str, env: Mapping[str, str] | None = None) -> None:
+        self._env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
         self._command = [str(PROGRAM), "serve", str(project), "--port", "0", *options]
         self.log: list[str] = []
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
             self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env=self._env,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def gen_worker(*arguments: object) -> Result:
 
 
 @pytest.mark.parametrize("layout", [[], ["--flat"]])
-def test_a_new_project_is_valid_and_passes_its_own_test(tmp_path: Path, layout: list[str]) -> None:
+def test_a_new_project_is_valid(tmp_path: Path, layout: list[str]) -> None:
     root = tmp_path / "My Studio"
     made = gen_worker("init", root, *layout)
     assert made.exit_code == 0, made.output
@@ -34,6 +35,14 @@ def test_a_new_project_is_valid_and_passes_its_own_test(tmp_path: Path, layout: 
     checked = gen_worker("validate", root)
     assert (checked.exit_code, checked.stdout) == (0, "ok: greet\n")
     assert "no uv.lock" in checked.stderr
+    assert "my-studio" in (root / "pyproject.toml").read_text()
+    assert "$" not in (root / "README.md").read_text().replace("$(", "")
+    assert f"COPY {'my_studio my_studio' if layout else 'src src'}" in (root / "Dockerfile").read_text()
+
+
+def test_a_new_project_passes_its_own_test(tmp_path: Path) -> None:
+    root = tmp_path / "studio"
+    make_project(root)
     tests = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
         cwd=root,
@@ -44,9 +53,6 @@ def test_a_new_project_is_valid_and_passes_its_own_test(tmp_path: Path, layout: 
     )
     assert tests.returncode == 0, tests.stdout
     assert "2 passed" in tests.stdout
-    assert "my-studio" in (root / "pyproject.toml").read_text()
-    assert "$" not in (root / "README.md").read_text().replace("$(", "")
-    assert f"COPY {'my_studio my_studio' if layout else 'src src'}" in (root / "Dockerfile").read_text()
 
 
 def test_new_code_is_clean(tmp_path: Path) -> None:
@@ -83,6 +89,9 @@ def test_validate_looks_at_the_code_too(tmp_path: Path) -> None:
     assert refused.exit_code == 1
     assert "studio.functions.greet returns int: it must be a msgspec.Struct" in refused.stderr
     assert gen_worker("validate", tmp_path / "studio", "--no-code").stdout == "ok\n"
+    report = json.loads(gen_worker("validate", tmp_path / "studio", "--json").stdout)
+    assert (report["ok"], report["functions"], len(report["errors"])) == (False, [], 1)
+    assert report["warnings"] == ["no uv.lock: run `uv lock`, so that every build installs the same versions"]
 
 
 # -- serve, before it starts ----------------------------------------------------------------------
@@ -93,7 +102,9 @@ def test_a_public_address_needs_a_token(tmp_path: Path) -> None:
     refused = gen_worker("serve", tmp_path / "studio", "--host", "0.0.0.0")
     assert refused.exit_code == 2
     assert refused.stderr.startswith("error: 0.0.0.0 is not this machine alone")
-    check_address("0.0.0.0", "secret")
+    check_address("0.0.0.0", "secret-1_A")
+    with pytest.raises(AddressError, match="the token has characters"):
+        check_address("0.0.0.0", "two words")
     check_address("127.0.0.1", "")
     with pytest.raises(AddressError):
         check_address("example.org", "")

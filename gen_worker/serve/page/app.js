@@ -162,7 +162,7 @@ function deviceFacts(resources) {
   }
   return [
     [resources.gpu_name, `× ${resources.gpu_count}${resources.gpu_is_busy ? ", busy" : ""}`],
-    ["VRAM used", `${size(resources.gpu_memory_used_bytes)} of ${size(resources.gpu_memory_bytes)}`],
+    ["VRAM", `${size(resources.gpu_memory_used_bytes)} of ${size(resources.gpu_memory_bytes)}`],
     ["CUDA", resources.cuda_version || "none"],
     ["torch", resources.torch_version || "none"],
   ];

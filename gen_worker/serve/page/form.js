@@ -72,7 +72,9 @@ function buildField(name, schema, path, required, defs, depth) {
   const about = schema.description ?? node.description ?? "";
   const spec = { name, path, required, nullable, about, fallback: schema.default, node };
   if (choices.length !== 1) return jsonField(spec);
-  if (ASSET_FIELDS.every((key) => node.properties && key in node.properties)) return assetField(spec);
+  if (ASSET_FIELDS.every((key) => node.properties && key in node.properties)) {
+    return assetField({ ...spec, about: schema.description ?? "" }); // not what every Asset says of itself
+  }
   if (node.contentEncoding === "base64") return fileField(spec);
   if (node.enum) return choiceField(spec);
   if (node.type === "boolean" && !nullable) return checkField(spec);

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from gen_worker import ActionContext, worker_function
+from gen_worker import ActionContext, ModelArtifacts, ModelRef, ModelRefSource, worker_function
 from gen_worker.errors import RetryableError, ValidationError
 from gen_worker.types import Asset
 
@@ -116,6 +116,24 @@ def fail(ctx: ActionContext, payload: Fail) -> Nothing:
         "memory": MemoryError(),
     }
     raise errors[payload.how]
+
+
+class Ask(msgspec.Struct):
+    """Looks into the model's files."""
+
+    file: str = "words.txt"
+
+
+class Answer(msgspec.Struct):
+    text: str
+    model: str
+
+
+@worker_function()
+def ask(
+    ctx: ActionContext, payload: Ask, words: Annotated[ModelArtifacts, ModelRef(ModelRefSource.DEPLOYMENT, "words")]
+) -> Answer:
+    return Answer(words.path(payload.file).read_text(), words.model_id)
 
 
 class Wait(msgspec.Struct):
