@@ -32,7 +32,7 @@ from typing import Final, NamedTuple, Protocol
 
 from supervisor.backlog import Backlog
 from supervisor.oversize import Name, Oversize, refuses_size
-from supervisor.retention import FRAMING_BYTES, Pack, Retention, Sent, messages
+from supervisor.retention import FRAMING_BYTES, Pack, Retention, messages
 from supervisor.transport import StreamStatus
 
 log = logging.getLogger(__name__)
@@ -333,22 +333,23 @@ class Outbox:
         self._wake.set()
 
     def _went_out(self, item: _Taken, now: float) -> None:
-        self._position += len(item.data) + FRAMING_BYTES
-        if item.answer is not None:
-            self._backlog.answer_left(item.answer.cost)
-            if item.answer.ticket is not None:
-                self._retained.add(Sent(item.answer.key, item.answer.ticket, item.data), self._position, now)
-        elif item.queue is not None and not item.queue.transient:
-            self._events.add(Sent(item.queue.key, 0, item.data), self._position, now)
-        if item.queue is not None:
-            item.queue.credit += item.weight
+        data, queue, answer = item.data, item.queue, item.answer
+        self._position += len(data) + FRAMING_BYTES
+        if answer is not None:
+            self._backlog.answer_left(answer.cost)
+            if answer.ticket is not None:
+                self._retained.add(answer.key, answer.ticket, data, self._position, now)
+        elif queue is not None:
+            if not queue.transient:
+                self._events.add(queue.key, 0, data, self._position, now)
+            queue.credit += item.weight
 
     def _note_refusal(self, status: StreamStatus, results: Sequence[Pack]) -> None:
         """It may have ended since a result was too large: one that went out on it, or was about to."""
         named = [(Name(sent.key, sent.ticket), len(sent.data)) for sent in messages(results)]
         last = self._refused
         if last is not None and last.ticket is not None:
-            named.append((Name(last.key, last.ticket), last.size))
+            named.append((Name(last.key, last.ticket), len(last.data) if isinstance(last.data, bytes) else last.size))
         self._oversize.refused(status, named)
 
     def _forget(self, pack: Pack) -> None:

@@ -52,16 +52,17 @@ class Pack:
         """Bytes of the messages in it."""
         return len(self._data)
 
-    def add(self, message: Sent, position: int, now: float) -> None:
-        if not self.sizes and len(message.data) >= PACK_BYTES:
-            self._data = message.data
+    def add(self, key: int, ticket: int, data: bytes, position: int, now: float) -> None:
+        size = len(data)
+        if size >= PACK_BYTES and not self.sizes:
+            self._data = data
         else:
-            if not isinstance(self._data, bytearray):
+            if isinstance(self._data, bytes):
                 self._data = bytearray(self._data)
-            self._data += message.data
-        self.sizes.append(len(message.data))
-        self.keys.append(message.key)
-        self.tickets.append(message.ticket)
+            self._data += data
+        self.sizes.append(size)
+        self.keys.append(key)
+        self.tickets.append(ticket)
         self.position = position
         self.sent_at = now
 
@@ -79,7 +80,7 @@ class Pack:
         left = Pack(self.opened_at)
         for message in self:
             if not unwanted(message.key):
-                left.add(message, self.position, self.sent_at)
+                left.add(*message, self.position, self.sent_at)
         return left
 
 
@@ -92,14 +93,14 @@ class Retention:
         self.size = 0
         """Bytes of the messages that are retained."""
 
-    def add(self, message: Sent, position: int, now: float) -> None:
-        """A message went out, and ended at `position` of the stream."""
-        size = len(message.data)
+    def add(self, key: int, ticket: int, data: bytes, position: int, now: float) -> None:
+        """A message (see Sent) went out, and ended at `position` of the stream."""
+        size = len(data)
         last = self._packs[-1] if self._packs else None
         if last is None or last.size + size > PACK_BYTES or now - last.opened_at >= PACK_S:
             last = Pack(now)
             self._packs.append(last)
-        last.add(message, position, now)
+        last.add(key, ticket, data, position, now)
         self.size += size
 
     def arrived(self, position: int, before: float | None) -> Iterator[Pack]:
