@@ -57,8 +57,10 @@ gpu-test: $(VENV)/.installed ## the tests that need an NVIDIA GPU
 soak: $(VENV)/.installed ## the tests that take minutes
 	@$(BIN)/python -m pytest -m soak
 
-bench: $(VENV)/.installed ## the worker beside a bare gRPC echo, as ratios
+bench: $(VENV)/.installed ## the worker beside a bare gRPC echo, as ratios; draws the charts in docs/
+	@$(PIP) install -e '.[bench]'
 	@$(BIN)/python benchmarks/bench.py
+	@$(BIN)/python benchmarks/charts.py
 
 lint: lint-code lint-format lint-types lint-imports lint-proto lint-docker ## every static check; `make -k lint` shows all findings
 

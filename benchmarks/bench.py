@@ -1,8 +1,8 @@
 """`make bench`: the worker, with each transport, beside the floor, in one run, as ratios.
 
 All are driven by the same load over loopback (load.py). Rounds alternate between them, so that what else the machine
-does hits all; each figure is the median of the rounds, and each ratio the median of the rounds' ratios. Prints a table,
-writes benchmarks/out/bench.json, and draws the charts of docs/benchmarks.md when matplotlib is there (the `bench` extra).
+does hits all; each figure is the median of the rounds, and each ratio the median of the rounds' ratios. Prints a table
+and writes benchmarks/out/bench.json; charts.py makes the charts of docs/benchmarks.md from that (the `bench` extra).
 
     python benchmarks/bench.py [--rounds N] [--only WORDS] [--quick]
 """
@@ -10,7 +10,6 @@ writes benchmarks/out/bench.json, and draws the charts of docs/benchmarks.md whe
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import platform
@@ -26,7 +25,7 @@ from typing import Final
 
 import psutil
 import uvloop
-from alone import executor_replaced, first_registration, resident, stalls
+from alone import executor_replaced, first_registration, resident, stalls, until_serving
 from load import Subject, subject
 from measures import CPU, DRIVEN, MIB, SMALL, Driven
 from rich.console import Console
@@ -102,11 +101,7 @@ async def compared(rounds: int, only: str) -> list[Row]:
             command = [sys.executable, "-m", "gen_worker.entrypoint"]
             started = subject(name, command, environment(**settings), str(HERE))
             workers[name] = await stack.enter_async_context(started)
-            async with asyncio.timeout(30):
-                while workers[name].scheduler.resources.function_concurrency["once"] != int(
-                    settings.get("WORKER_EXECUTORS", "1")
-                ):
-                    await asyncio.sleep(0.05)
+            await until_serving(workers[name].scheduler, int(settings.get("WORKER_EXECUTORS", "1")))
         for each in (floor, *workers.values()):
             await each.scheduler.drive("echo", SMALL, runs=1500, window=64)
         for measure in (measure for measure in DRIVEN if only in measure.name):

@@ -95,7 +95,7 @@ class Wire(asyncio.Protocol):
 
     def flush(self) -> None:
         waiting = self._waiting
-        if len(waiting) > 2:
+        if len(waiting) > 1 and sum(map(len, waiting)) < FRAME_BYTES:
             small = b"".join(waiting)
             waiting.clear()
             waiting.append(memoryview(small))

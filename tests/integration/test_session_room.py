@@ -30,6 +30,7 @@ async def test_a_full_worker_reads_no_more_and_does_the_rest() -> None:
         bench = Bench(server.address)
         bench.inbox.full = True
         async with bench.started():
+            await eventually(lambda: bench.inbox.messages)
             await settled(lambda: len(bench.inbox.messages))
             read = len(bench.inbox.messages)
             assert 1 <= read < 500

@@ -61,6 +61,9 @@ WINDOW_BYTES: Final = 4 * 1024 * 1024
 FRAME_BYTES: Final = 256 * 1024
 """The largest frame that is taken: large payloads come in few frames, and none holds up the loop for long."""
 
+TURN_BYTES: Final = 16 * 1024
+"""After so much `send` lets others have the loop, though nothing makes it wait."""
+
 _STREAM: Final = 1
 _DEFAULT_WINDOW: Final = 65_535
 _WRITE_BYTES: Final = 512 * 1024
@@ -99,6 +102,8 @@ class H2Stream(asyncio.Protocol):
         """Received bytes that the scheduler's windows don't have back."""
         self._sent = 0
         """Bytes of messages, with prefixes, that went out."""
+        self._sent_in_turn = 0
+        """The same when others last had a turn of the loop by us."""
         self._sending = False
         self._writable = True
         self._spoke = False
@@ -157,8 +162,9 @@ class H2Stream(asyncio.Protocol):
         try:
             for piece in _packed(messages):
                 await self._write(piece)
-            # One turn for the others: what they have by then goes out together with the next batch.
-            await asyncio.sleep(0)
+            if self._sent - self._sent_in_turn > TURN_BYTES:
+                await asyncio.sleep(0)
+                self._sent_in_turn = self._sent
         except StreamClosed as closed:
             raise StreamClosed(closed.status, bisect_right(ends, self._sent - before)) from None
         except asyncio.CancelledError:
@@ -166,7 +172,8 @@ class H2Stream(asyncio.Protocol):
             raise
         finally:
             self._sending = False
-            self._news.set()
+            if self._closing:
+                self._news.set()
 
     async def receive(self) -> Sequence[bytes]:
         await self._until(lambda: self._inbox.messages)
