@@ -88,14 +88,14 @@ class TransferProcess:
         settings: TransferSettings,
         env: Mapping[str, str],
         *,
-        on_models_removed: Callable[[tuple[str, ...]], None] = lambda _: None,
         module: str = "supervisor.transfers",
         cwd: str = "/",
     ) -> None:
         """`env` is the process's environment; `module` is what is run."""
         self._settings = settings
         self._env = {**env, **QUIET}
-        self._on_models_removed = on_models_removed
+        self.on_models_removed: Callable[[tuple[str, ...]], None] = lambda _: None
+        """Gets the refs of what was taken from disk to make room."""
         self._module = module
         self._cwd = cwd
         self._ids = itertools.count(1)
@@ -258,7 +258,7 @@ class TransferProcess:
                 if call is not None and not call.answer.done():
                     call.answer.set_exception(TransferError(message.failure))
             case ModelsRemoved():
-                self._on_models_removed(message.refs)
+                self.on_models_removed(message.refs)
 
     def _fail_all(self, detail: str) -> None:
         for call in list(self._calls.values()):
