@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -57,6 +58,8 @@ QUIET: Final[Mapping[str, str]] = {
     "PYTHONUNBUFFERED": "1",
 }
 """For huggingface_hub, which reads them when it is imported; only the token of the settings counts."""
+
+_LOGGED: Final = re.compile(r"(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) [\w.]+: (?P<message>.*)")
 
 OnProgress = Callable[[int, int, float], None]
 """(bytes done, bytes in all or 0 while that is unknown, bytes per second), a few times a second."""
@@ -171,7 +174,7 @@ class TransferProcess:
     async def _start_child(self) -> None:
         child = Child(
             on_frame=self._on_frame,
-            on_line=self._output.line,
+            on_line=self._on_line,
             on_writable=lambda: None,
             on_exit=self._on_exit,
         )
@@ -228,6 +231,14 @@ class TransferProcess:
             elif call.deaths >= MAX_DEATHS:
                 self._fail(call, f"the transfer process died {call.deaths} times while it did this: {words}")
         self._respawning = loop.call_later(delay, self._spawn)
+
+    def _on_line(self, stream: str, line: str) -> None:
+        """What it logs goes to the log at its own level; the format is that of its main module."""
+        found = _LOGGED.fullmatch(line)
+        if found is None:
+            self._output.line(stream, line)
+        else:
+            self._output.line(stream, found["message"], logging.getLevelNamesMapping()[found["level"]])
 
     # -- its messages -------------------------------------------------------------------------
 
