@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,7 +42,8 @@ def download(
 
     async def run() -> list[ModelFiles]:
         with _bars(hidden=as_json) as progress_of:
-            found = await asyncio.gather(*(_ask(settings, FetchModel(ref), progress_of(ref)) for ref in refs))
+            async with _engine(settings) as ask:
+                found = await asyncio.gather(*(ask(FetchModel(ref), progress_of(ref)) for ref in refs))
         return [each for each in found if isinstance(each, ModelFiles)]
 
     settings = _settings()
@@ -89,17 +90,25 @@ def remove(ref: Annotated[str, typer.Argument(metavar="REF", help="As the list s
     typer.echo(f"freed {_size(reply.freed_bytes)}")
 
 
-async def _ask(
-    settings: TransferSettings, request: RequestBody, on_progress: OnProgress = lambda *_: None
-) -> ReplyBody:
-    """What the transfer process would do, in this one."""
-    from contextlib import AsyncExitStack
+async def _ask(settings: TransferSettings, request: RequestBody) -> ReplyBody:
+    async with _engine(settings) as ask:
+        return await ask(request, lambda *_: None)
 
+
+@asynccontextmanager
+async def _engine(
+    settings: TransferSettings,
+) -> AsyncIterator[Callable[[RequestBody, OnProgress], Awaitable[ReplyBody]]]:
+    """The handlers of the transfer process, in this one."""
     from supervisor.transfers.models import model_handlers
 
     async with AsyncExitStack() as stack:
         handlers = await model_handlers(settings, stack, lambda _: None)
-        return await handlers[type(request)](request, on_progress)
+
+        async def ask(request: RequestBody, on_progress: OnProgress) -> ReplyBody:
+            return await handlers[type(request)](request, on_progress)
+
+        yield ask
 
 
 def _settings() -> TransferSettings:

@@ -235,6 +235,8 @@ async def test_a_hub_that_stays_away_is_given_up(hub: DevHub, tmp_path: Path) ->
         ({"path": "vae"}, "a file and a directory"),
         ({"path": "vae/config.json"}, "there twice"),
         ({"size_bytes": -1}, "its size is -1"),
+        ({"url": ""}, "no URL"),
+        ({"url": "file:///etc/passwd"}, "no URL"),
         ({"blake3": "zz"}, "not 64 hex digits"),
         ({"blake3": "../../../../x"}, "not 64 hex digits"),
         ({"size_bytes": "many"}, "broken"),
