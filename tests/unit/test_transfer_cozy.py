@@ -592,6 +592,10 @@ async def test_the_least_recently_used_goes_first_and_what_is_in_use_never(hub: 
         hub.put("org/huge", {"f": b"h" * 4000})
         with pytest.raises(ResourceError, match=r"no room on disk: .*WORKER_MODEL_CACHE_MAX_GB"):
             await our.fetch("org/huge")
+        assert len(our.cozy.models()) == 3, "nothing is removed in vain"
+        hub.put("org/large", {"f": b"l" * 2500})
+        with in_use(our.cozy.models()[0]), pytest.raises(ResourceError, match="1 models that are in use were not"):
+            await our.fetch("org/large")
 
 
 async def test_without_a_budget_the_disk_is_the_limit(hub: DevHub, tmp_path: Path) -> None:
