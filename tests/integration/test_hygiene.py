@@ -16,7 +16,7 @@ import pytest
 
 from gen_worker.pipe.messages import PIPE_PROTOCOL, Event, Init, ModelLoaded, ModelUnloaded, Result
 from gen_worker.testing.mock_orchestrator import MockOrchestrator
-from supervisor import pool as pool_module
+from supervisor import respawn
 from supervisor.child import Child, ExitCause
 from supervisor.devices import Device
 from supervisor.executor_handle import ExecutorHandle
@@ -259,7 +259,7 @@ def executor_pool(listener: Listener, slots: int, **options: Any) -> Pool:
 
 
 async def test_crashing_executors_are_replaced_without_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "BACKOFF_FIRST_S", 0.0)
+    monkeypatch.setattr(respawn, "BACKOFF_FIRST_S", 0.0)
     listener = Listener()
     pool = executor_pool(listener, 2)
 
