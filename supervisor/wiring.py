@@ -6,16 +6,18 @@ Owns: nothing; the one place that knows which variable goes where.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 
 from supervisor.auth import AuthSettings
 from supervisor.backoff import ReconnectSettings
+from supervisor.devices import Device
 from supervisor.dispatcher import Limits
 from supervisor.session import SessionSettings
 from supervisor.settings import Settings
+from supervisor.transfers.messages import HuggingFaceOptions, TransferSettings
 from supervisor.transport import TlsFiles, Transport
 
 if TYPE_CHECKING:
@@ -105,6 +107,27 @@ def limits(settings: Settings) -> Limits:
         cancel_grace_s=settings.cancel_grace_seconds,
         max_input_bytes=settings.max_input_bytes,
         max_ws_frame_bytes=settings.max_ws_frame_bytes,
+    )
+
+
+def transfer_settings(settings: Settings, devices: Sequence[Device]) -> TransferSettings:
+    """The least capable GPU speaks for all: any of them may get the model."""
+    return TransferSettings(
+        model_cache_dir=str(settings.model_cache_dir),
+        model_cache_max_bytes=int(settings.model_cache_max_gb * 2**30),
+        max_concurrent_downloads=settings.max_concurrent_downloads,
+        hub_url=settings.cozy_hub_url,
+        hub_token=settings.cozy_hub_token,
+        hf_token=settings.hf_token,
+        hf_home=_text(settings.hf_home) or "",
+        hf=HuggingFaceOptions(
+            components=settings.cozy_hf_components,
+            include_optional=settings.cozy_hf_include_optional_components,
+            precisions=settings.cozy_hf_weight_precisions,
+            allow_root_json=settings.cozy_hf_allow_root_json,
+            full_repo=settings.cozy_hf_full_repo_download,
+        ),
+        gpu_sm=min((int(device.sm) for device in devices if device.sm.isdigit()), default=0),
     )
 
 

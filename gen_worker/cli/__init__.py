@@ -9,7 +9,7 @@ from __future__ import annotations
 import typer
 
 from gen_worker._version import __version__
-from gen_worker.cli import doctor, init, project, run, serve, top, torture
+from gen_worker.cli import doctor, init, models, project, run, serve, top, torture
 
 app = typer.Typer(
     help="Write, try and check the functions that a worker runs: begin with gen-worker init, then run and serve. "
@@ -27,6 +27,8 @@ app.command()(serve.serve)
 app.command()(torture.torture)
 app.command()(top.top)
 app.command()(doctor.doctor)
+app.command()(models.download)
+app.add_typer(models.models, name="models")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from supervisor import pool as pool_module
+from supervisor import respawn
 from supervisor.child import Child, ExitCause
 from tests.support.executor_pool import Listener, executor_pool
 from tests.support.worker_process import eventually
@@ -65,7 +65,7 @@ async def children() -> dict[str, object]:
 
 async def executors() -> dict[str, object]:
     """Two slots of a pool whose executors are killed as soon as they are ready."""
-    pool_module.BACKOFF_FIRST_S = 0.0  # type: ignore[misc]  # this process is for the measurement alone
+    respawn.BACKOFF_FIRST_S = 0.0  # type: ignore[misc]  # this process is for the measurement alone
     listener = Listener()
     pool = executor_pool(listener, 2)
     pool.start()
