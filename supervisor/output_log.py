@@ -24,8 +24,12 @@ SAY_S: Final = 1.0
 class OutputLog:
     """See the module. Belongs to the running event loop; `clock` gives monotonic seconds."""
 
-    def __init__(self, executor: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, executor: str, clock: Callable[[], float] = time.monotonic, logger: logging.Logger = log
+    ) -> None:
+        """`logger` is another for a child that is no executor."""
         self._extra = {"executor": executor}
+        self._log = logger
         self._clock = clock
         self._budget = float(BURST_LINES)
         self._refilled = clock()
@@ -44,10 +48,10 @@ class OutputLog:
                 self._left_out += 1
                 return
         self._budget -= 1
-        log.info("%s", line, extra={**self._extra, "stream": stream})
+        self._log.info("%s", line, extra={**self._extra, "stream": stream})
 
     def say_left_out(self) -> None:
         """Say how many lines were left out since the last time, if any were."""
         if self._left_out:
-            log.warning("%d lines of output were left out", self._left_out, extra=self._extra)
+            self._log.warning("%d lines of output were left out", self._left_out, extra=self._extra)
             self._left_out = 0

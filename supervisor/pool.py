@@ -3,7 +3,7 @@
 Owns: how many there are, when a dead one is replaced, and when a slot is given up.
 
 1. `start` spawns all slots at once; each reports when it is ready.
-2. A dead executor is replaced at once; when it had not lived ALIVE_S, after a backoff from 1 s up to 60 s.
+2. A dead executor is replaced at once, and later and later when they keep dying (respawn.py).
 3. BOOT_FAILURES deaths in a row before being ready close the slot: what it says will not change by itself.
 """
 
@@ -19,40 +19,27 @@ from supervisor.child import ExitCause
 from supervisor.devices import Device
 from supervisor.executor_handle import ExecutorHandle, HandleEvents, HandleState
 from supervisor.executor_user import ExecutorUser
+from supervisor.respawn import Respawn
 
 log = logging.getLogger(__name__)
 
-BACKOFF_FIRST_S: Final = 1.0
-BACKOFF_MAX_S: Final = 60.0
-ALIVE_S: Final = 60.0
-"""An executor that lived this long died of something new: its slot starts over without backoff."""
 BOOT_FAILURES: Final = 3
 KILL_WAIT_S: Final = 5.0
 
 
-class _Slot:
+class _Slot(Respawn):
     """One device's place and its history."""
 
     def __init__(self, number: int, device: Device) -> None:
+        super().__init__()
         self.number = number
         self.device = device
         self.handle: ExecutorHandle | None = None
         self.incarnation = 0
         self.started_at = 0.0
-        self.deaths_in_a_row = 0
         self.boot_failures = 0
         self.closed = False
         self.respawn: asyncio.TimerHandle | None = None
-
-    def delay_after_death(self, lived_s: float) -> float:
-        """Seconds until the replacement starts: 0 after the first death, then 1, 2, 4 ... 60."""
-        if lived_s >= ALIVE_S:
-            self.deaths_in_a_row = 0
-        self.deaths_in_a_row += 1
-        if self.deaths_in_a_row == 1:
-            return 0.0
-        doublings = min(self.deaths_in_a_row - 2, 16)  # far beyond the cap, and no power that overflows
-        return min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0**doublings)
 
 
 class Pool:

@@ -1,4 +1,4 @@
-"""What the supervisor asks of the kernel for its own process (prctl(2)).
+"""What the supervisor and its transfer process ask of the kernel for themselves (prctl(2)).
 
 Owns: nothing; each call changes one flag of this process and raises OSError when the kernel refuses.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 from typing import Final
 
 # linux/prctl.h
+_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
@@ -25,6 +27,12 @@ def forbid_inspection() -> None:
 def become_subreaper() -> None:
     """Have descendants whose parent dies become children of this process instead of init's."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent_pid: int) -> bool:
+    """Have the kernel kill this process when its parent dies. False when that one is gone already."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    return os.getppid() == parent_pid
 
 
 def _prctl(option: int, value: int) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-import supervisor.pool as module
+import supervisor.respawn as module
 from gen_worker.pipe.messages import PIPE_PROTOCOL, Fatal, FunctionInfo, Init, Ready, Shutdown, encode
 from supervisor.child import ExitCause
 from supervisor.devices import CpuProbe
 from supervisor.executor_handle import ExecutorHandle, HandleState
-from supervisor.pool import ALIVE_S, BACKOFF_MAX_S, BOOT_FAILURES, Pool, _Slot
+from supervisor.pool import BOOT_FAILURES, Pool, _Slot
+from supervisor.respawn import ALIVE_S, BACKOFF_MAX_S
 from tests.support.rig import RecordingChild, until, use_recording_children
 
 

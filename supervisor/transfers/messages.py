@@ -1,0 +1,177 @@
+"""Every message that crosses the pipe between the supervisor and the transfer process.
+
+Each is a frozen, tagged msgspec Struct, encoded as a MessagePack array. Fields are only ever appended, with a default;
+tests/unit/test_transfer_messages.py pins each encoded shape. Requests are named by an integer that the supervisor never
+uses twice.
+
+    supervisor -> transfers             transfers -> supervisor
+    Start       once, first             Ready       once, when requests are served
+    Request     a body, see below       Progress    any number per request
+    Cancel      stop a request          Reply or Failed, one per request that was not canceled
+                                        ModelsRemoved   to make room on the disk
+
+A new kind of request is a body here, a member of RequestBody (its answer one of ReplyBody and of ReplyT), and an entry
+in the table of handlers (handlers.py).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Final, TypeVar
+
+import msgspec
+
+from gen_worker.pipe.messages import Failure
+
+TRANSFER_PROTOCOL: Final = 1
+"""Raised when a change breaks the other end; compared at start."""
+
+
+class RetrySettings(msgspec.Struct, frozen=True, array_like=True):
+    """Waits between attempts, in seconds: `first_s`, doubled each time up to `max_s`, each with jitter."""
+
+    attempts: int = 8
+    """In a row without a byte of progress."""
+    first_s: float = 0.5
+    max_s: float = 30.0
+
+
+class HuggingFaceOptions(msgspec.Struct, frozen=True, array_like=True):
+    """What to take of a repo on Hugging Face; the COZY_HF_* settings."""
+
+    components: tuple[str, ...] = ()
+    """Exactly these folders; empty: by model_index.json."""
+    include_optional: bool = False
+    precisions: tuple[str, ...] = ("fp16", "bf16")
+    allow_root_json: bool = False
+    full_repo: bool = False
+
+
+class TransferSettings(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """All that the transfer process is told; it reads no environment of its own. Sizes in bytes; "": not set."""
+
+    model_cache_dir: str
+    model_cache_max_bytes: int = 0
+    """0: until the disk is 95 % full."""
+    max_concurrent_downloads: int = 2
+    hub_url: str = ""
+    hub_token: str = ""
+    hf_token: str = ""
+    hf_home: str = ""
+    hf: HuggingFaceOptions = HuggingFaceOptions()
+    gpu_sm: int = 0
+    """90 for sm_90; 0: no GPU."""
+    retry: RetrySettings = RetrySettings()
+    http_timeout_s: float = 30.0
+    """Without a byte from the other side."""
+
+    def __repr__(self) -> str:
+        return f"TransferSettings(model_cache_dir={self.model_cache_dir!r}, ...)"  # holds tokens
+
+
+# -- requests and their answers -------------------------------------------------------------------
+
+
+class FetchModel(msgspec.Struct, frozen=True, array_like=True, tag=100):
+    """Have a model's files whole on disk. Answered by ModelFiles."""
+
+    repeatable: ClassVar[bool] = True
+    """Whether it may be sent again when the process died with it."""
+    ref: str
+    """Canonical."""
+
+
+class ListModels(msgspec.Struct, frozen=True, array_like=True, tag=101):
+    """What is whole on disk. Answered by ModelList."""
+
+    repeatable: ClassVar[bool] = True
+
+
+class RemoveModel(msgspec.Struct, frozen=True, array_like=True, tag=102):
+    """Take a model from the disk. Answered by ModelRemoved; fails while anybody uses it."""
+
+    repeatable: ClassVar[bool] = True
+    ref: str
+
+
+class ModelFiles(msgspec.Struct, frozen=True, array_like=True, tag=200):
+    """A model whose files are whole on disk."""
+
+    ref: str
+    root_dir: str
+    metadata: dict[str, str]
+    size_bytes: int
+    weight_bytes: int
+    last_used: float
+    """Epoch seconds."""
+    lock_file: str
+    """Whoever has it locked shared (flock) keeps the files from being removed."""
+
+
+class ModelList(msgspec.Struct, frozen=True, array_like=True, tag=201):
+    models: tuple[ModelFiles, ...]
+
+
+class ModelRemoved(msgspec.Struct, frozen=True, array_like=True, tag=202):
+    freed_bytes: int
+
+
+RequestBody = FetchModel | ListModels | RemoveModel
+ReplyBody = ModelFiles | ModelList | ModelRemoved
+ReplyT = TypeVar("ReplyT", ModelFiles, ModelList, ModelRemoved)
+
+# -- supervisor -> transfers ----------------------------------------------------------------------
+
+
+class Start(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    protocol: int
+    settings: TransferSettings
+
+
+class Request(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    id: int
+    body: RequestBody
+
+
+class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """Nobody waits for the request any more; it has no answer."""
+
+    id: int
+
+
+# -- transfers -> supervisor ----------------------------------------------------------------------
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag=20):
+    protocol: int
+
+
+class Progress(msgspec.Struct, frozen=True, array_like=True, tag=21):
+    id: int
+    done_bytes: int
+    total_bytes: int
+    """0: not known yet."""
+    bytes_per_s: float
+
+
+class Reply(msgspec.Struct, frozen=True, array_like=True, tag=22):
+    id: int
+    body: ReplyBody
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag=23):
+    id: int
+    failure: Failure
+
+
+class ModelsRemoved(msgspec.Struct, frozen=True, array_like=True, tag=24):
+    """These are no longer whole on disk."""
+
+    refs: tuple[str, ...]
+
+
+Downward = Start | Request | Cancel
+Upward = Ready | Progress | Reply | Failed | ModelsRemoved
+
+encode = msgspec.msgpack.Encoder().encode
+decode_downward = msgspec.msgpack.Decoder(Downward).decode
+decode_upward = msgspec.msgpack.Decoder(Upward).decode
