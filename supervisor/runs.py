@@ -42,8 +42,8 @@ class Run:
     """A run that was accepted. `key` names it on the pipe, `run_id` towards the scheduler."""
 
     __slots__ = (
-        "alone", "arrived", "cause", "fingerprint", "function", "handle", "key", "models", "payload", "run_id",
-        "started", "state", "tenant_id", "timeout_ms", "timer", "user_id",
+        "alone", "arrived", "cause", "file_base_url", "file_token", "fingerprint", "function", "handle", "key",
+        "models", "payload", "run_id", "started", "state", "tenant_id", "timeout_ms", "timer", "user_id",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0913, PLR0917  (the request's fields, filled in at one place)
@@ -69,6 +69,9 @@ class Run:
         self.arrived = arrived
         """Monotonic seconds, on the event loop's clock."""
         self.started = 0.0
+        self.file_base_url = ""
+        self.file_token = ""
+        """The run's own, for its files; both empty when the request gave none."""
         self.state = RunState.QUEUED
         self.handle: ExecutorHandle | None = None
         self.cause: CancelCause | None = None

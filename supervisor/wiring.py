@@ -5,13 +5,18 @@ Owns: nothing; the one place that knows which variable goes where.
 
 from __future__ import annotations
 
+import os
+import secrets
 from pathlib import Path
 
 from supervisor.auth import AuthSettings
 from supervisor.backoff import ReconnectSettings
-from supervisor.dispatcher import Limits
+from supervisor.dispatcher import FileService, Limits
+from supervisor.executor_place import ExecutorPlace
+from supervisor.run_files import Store, Transfers
 from supervisor.session import SessionSettings
 from supervisor.settings import Settings
+from supervisor.transfers.messages import FileSettings
 from supervisor.transport import TlsFiles, Transport
 
 
@@ -61,6 +66,29 @@ def limits(settings: Settings) -> Limits:
         cancel_grace_s=settings.cancel_grace_seconds,
         max_input_bytes=settings.max_input_bytes,
     )
+
+
+def file_settings(settings: Settings, place: ExecutorPlace) -> FileSettings:
+    """With a name for the socket that nobody can have taken."""
+    return FileSettings(
+        cache_dir=str(settings.cache_dir.absolute()),
+        run_dir=str(settings.run_dir.absolute()),
+        max_input_bytes=settings.max_input_file_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+        socket=f"gen-worker-files-{secrets.token_hex(16)}",
+        executor_uid=os.geteuid() if place.user is None else place.user.uid,
+    )
+
+
+def file_service(settings: Settings, transfers: Transfers) -> FileService:
+    """Who moves the files of runs; the hub is the last resort of what names no store."""
+    stores = (
+        Store(settings.file_api_base_url, settings.file_api_token),
+        Store(settings.cozy_hub_url, settings.cozy_hub_token),
+    )
+    others = (settings.cache_dir, settings.model_cache_dir, settings.outbox_dir)
+    inside = (path.relative_to(settings.run_dir) for path in others if path and path.is_relative_to(settings.run_dir))
+    return FileService(transfers, stores, frozenset(path.parts[0] for path in inside if path.parts))
 
 
 def _text(path: Path | None) -> str | None:

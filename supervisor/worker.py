@@ -28,8 +28,10 @@ from supervisor.registration import Registration
 from supervisor.residency import Residency
 from supervisor.result_store import ResultStore
 from supervisor.session import GaveUp, Session
+from supervisor.transfer_process import TransferProcess
+from supervisor.transfers.messages import TransferSettings
 from supervisor.transport import StatusCode
-from supervisor.wiring import auth_settings, limits, open_transport, session_settings
+from supervisor.wiring import auth_settings, file_service, file_settings, limits, open_transport, session_settings
 
 if TYPE_CHECKING:
     from supervisor.settings import Settings
@@ -39,6 +41,8 @@ log = logging.getLogger(__name__)
 
 FLUSH_S: Final = 10.0
 """How long the last results may take to go out once nothing runs any more."""
+REMOVE_S: Final = 2.0
+"""How long the inputs of the last runs may take to be removed."""
 LEAVE_S: Final = 2.0
 """How long executors may take to leave when asked."""
 
@@ -56,7 +60,12 @@ class Worker:
     ) -> None:
         """`conceal` is told the secrets that turn up later. Raises DeviceError when a GPU asked for is not there."""
         self._settings = settings
-        self._environ = place.inherited(child_environment(environ, settings))
+        without_secrets = child_environment(environ, settings)
+        self._environ = place.inherited(without_secrets)
+        self._files = file_settings(settings, place)
+        self._transfers = TransferProcess(
+            TransferSettings(model_cache_dir=str(settings.model_cache_dir), files=self._files), without_secrets
+        )
         self._run_dir = str(place.run_dir)
         self._oom = OomWatch(find_counter())
         self._project_root = str(Path.cwd())
@@ -77,6 +86,7 @@ class Worker:
             residency=self._residency,
             executors=lambda: self._pool.ready,
             changed=self._announce,
+            files=file_service(settings, self._transfers),
             keeper=self._store,
         )
         self._pool = Pool(
@@ -165,6 +175,8 @@ class Worker:
         self._session.stop()
         await asyncio.wait([session, leaving], timeout=FLUSH_S)
         session.cancel()
+        await self._dispatcher.files.wait_removed(REMOVE_S)
+        await self._transfers.stop()
         if self._session.read_to_end:
             self._dispatcher.outbox.stream_read_to_end()
         if self._store is not None:
@@ -228,6 +240,8 @@ class Worker:
             max_delta_bytes=settings.max_output_delta_bytes,
             max_delta_events=settings.max_output_delta_events,
             runtime_loaders=dict(settings.runtime_loaders),
+            file_socket=self._files.socket,
+            max_upload_bytes=settings.max_upload_bytes,
         )
 
     def _executor_environment(self, device: Device) -> Mapping[str, str]:

@@ -89,12 +89,13 @@ class Descriptors:
     def _receive(self, connection: socket.socket) -> None:
         """The file comes in one message; what follows it, the end most of all, makes the executor's interest over."""
         try:
-            ticket, files, _, _ = socket.recv_fds(connection, TICKET_BYTES + 1, 1, socket.MSG_CMSG_CLOEXEC)
+            ticket, files, flags, _ = socket.recv_fds(connection, TICKET_BYTES + 1, 1, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
         except OSError:
-            ticket, files = b"", []
-        if len(ticket) != TICKET_BYTES or len(files) != 1 or self._waiting[connection] is not None:
+            ticket, files, flags = b"", [], 0
+        whole = len(ticket) == TICKET_BYTES and len(files) == 1 and not flags & socket.MSG_CTRUNC
+        if not whole or self._waiting[connection] is not None:
             for fd in files:
                 os.close(fd)
             self._drop(connection)

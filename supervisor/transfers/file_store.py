@@ -1,7 +1,7 @@
 """The file store's HTTP API, for one run: its base URL, its token, its tenant.
 
-Owns: which answer means what. 401 and 403 are an AuthError, 409 of a create and 404 a ValidationError; 408, 425, 429, 5xx
-and connections that break are tried again, and are a RetryableError when that does not help. A redirect is not
+Owns: which answer means what. 401 and 403 are an AuthError, 409 of a create and 404 a ValidationError; 408, 425, 429,
+5xx and connections that break are tried again, and are a RetryableError when that does not help. A redirect is not
 followed: it would carry the token elsewhere.
 
 A create whose answer was lost may have worked. So before it is tried again, and when the next try says that the ref
@@ -25,8 +25,6 @@ from supervisor.transfers.retrying import TryAgain, attempts, check_again
 
 API_PREFIX: Final = "/api/v1/file/"
 MAX_REF_BYTES: Final = 4096
-ATTEMPTS: Final = 5
-"""Of one request: with the default waits, about 10 s of an absent store."""
 _MAX_ANSWER_BYTES: Final = 64 * 1024
 _DIGEST_CHARS: Final = 64
 _NO_METHOD: Final = frozenset({405, 501})
@@ -77,11 +75,16 @@ class FileStore:
             # A header is Latin-1 at most, and a tenant's name need not be.
             self._headers["X-Cozy-Tenant-Id"] = quote(access.tenant_id, safe=_HEADER_SAFE)
 
+    @property
+    def base_url(self) -> str:
+        """Empty: there is none."""
+        return self._access.base_url
+
     # -- reading ------------------------------------------------------------------------------
 
     async def head(self, ref: str) -> RemoteFile:
         """What the store tells of a file; nothing when it has no HEAD. Raises a WorkerError."""
-        async for attempt in attempts(self._retry, ATTEMPTS):
+        async for attempt in attempts(self._retry):
             with attempt:
                 async with self._request("HEAD", ref) as response:
                     if response.status_code in _NO_METHOD:
@@ -102,7 +105,7 @@ class FileStore:
     async def store(self, ref: str, source: Source, mime_type: str, *, create: bool) -> RemoteFile:
         """Upload; what the store then has. Raises a WorkerError."""
         unsure = False
-        async for attempt in attempts(self._retry, ATTEMPTS):
+        async for attempt in attempts(self._retry):
             with attempt:
                 if unsure and (stored := await self._what_is_there(ref, source)) is not None:
                     return stored

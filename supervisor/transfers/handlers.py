@@ -9,13 +9,14 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from supervisor.transfers.messages import TransferSettings, Upward
+from supervisor.transfers.open_files import open_files
 from supervisor.transfers.service import Handlers
 
 
 async def open_handlers(
-    settings: TransferSettings,  # noqa: ARG001  (for the first handlers)
-    stack: AsyncExitStack,  # noqa: ARG001
-    send: Callable[[Upward], None],  # noqa: ARG001
+    settings: TransferSettings,
+    stack: AsyncExitStack,
+    send: Callable[[Upward], None],  # noqa: ARG001  (for the first handler that has something to tell)
 ) -> Handlers:
     """The whole table. What it opens is closed with the stack; `send` is for what is no answer to a request."""
-    return {}
+    return {**await open_files(settings, stack)}

@@ -18,6 +18,8 @@ from supervisor.transfers.messages import RetrySettings
 
 log = logging.getLogger(__name__)
 
+MAX_ATTEMPTS: Final = 5
+"""Of one request: with the default waits, about 10 s of an absent server. A run waits for it."""
 MAX_RETRY_AFTER_S: Final = 60.0
 """A server that wants more patience than this is told of as one that does not answer."""
 _AGAIN_STATUSES: Final = frozenset({408, 425, 429})
@@ -31,9 +33,9 @@ class TryAgain(RetryableError):
         self.after_s = after_s
 
 
-def attempts(settings: RetrySettings, count: int) -> tenacity.AsyncRetrying:
-    """`async for attempt in attempts(...)`: up to `count` of them, as long as they raise TryAgain."""
-    backoff = tenacity.wait_exponential_jitter(settings.first_s, settings.max_s, jitter=settings.first_s)
+def attempts(settings: RetrySettings) -> tenacity.AsyncRetrying:
+    """For `async for attempt in ...: with attempt:`: up to MAX_ATTEMPTS, as long as they raise TryAgain."""
+    backoff = tenacity.wait_exponential(settings.first_s, settings.max_s) + tenacity.wait_random(0, settings.first_s)
 
     def wait(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome is not None else None
@@ -42,7 +44,7 @@ def attempts(settings: RetrySettings, count: int) -> tenacity.AsyncRetrying:
 
     return tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(TryAgain),
-        stop=tenacity.stop_after_attempt(count),
+        stop=tenacity.stop_after_attempt(min(MAX_ATTEMPTS, settings.attempts)),
         wait=wait,
         before_sleep=_log,
         reraise=True,

@@ -20,7 +20,7 @@ import httpx
 
 from gen_worker.errors import ValidationError
 from supervisor.transfers.addresses import Address, is_public, literal, parse_url
-from supervisor.transfers.http import open_client
+from supervisor.transfers.clients import open_client
 from supervisor.transfers.retrying import TryAgain, check_again
 
 MAX_REDIRECTS: Final = 5
@@ -72,7 +72,10 @@ class PublicWeb:
                     check_again(response, "its server")
                     if response.status_code != httpx.codes.OK:
                         raise ValidationError(f"its server answered {response.status_code}")
-                    yield response
+                    try:
+                        yield response
+                    except httpx.TransportError as error:
+                        raise TryAgain(f"the connection to its server broke ({type(error).__name__})") from error
                     return
                 await response.aclose()
                 url = parse_url(_joined(url, response.headers["Location"]))

@@ -14,7 +14,16 @@ from typing import Any
 import psutil
 import pytest
 
-from gen_worker.pipe.messages import PIPE_PROTOCOL, Event, Init, ModelLoaded, ModelUnloaded, Result
+from gen_worker.pipe.messages import (
+    PIPE_PROTOCOL,
+    Event,
+    FetchFile,
+    Init,
+    ModelLoaded,
+    ModelUnloaded,
+    Result,
+    StoreFile,
+)
 from gen_worker.testing.mock_orchestrator import MockOrchestrator
 from supervisor import pool as pool_module
 from supervisor.child import Child, ExitCause
@@ -240,6 +249,7 @@ class Listener:
     def executor_writable(self, handle: ExecutorHandle) -> None: ...
     def executor_draining(self, handle: ExecutorHandle) -> None: ...
     def run_event(self, handle: ExecutorHandle, event: Event) -> None: ...
+    def run_file(self, handle: ExecutorHandle, request: FetchFile | StoreFile) -> None: ...
     def run_result(self, handle: ExecutorHandle, result: Result, output: bytes) -> None: ...
     def model_loaded(self, handle: ExecutorHandle, loaded: ModelLoaded) -> None: ...
     def model_unloaded(self, handle: ExecutorHandle, unloaded: ModelUnloaded) -> None: ...

@@ -28,9 +28,10 @@ from gen_worker.wire import worker_scheduler_pb2 as pb
 from supervisor import executor_handle
 from supervisor.child import ExitCause
 from supervisor.devices import Device
-from supervisor.dispatcher import Dispatcher, Limits
+from supervisor.dispatcher import Dispatcher, FileService, Limits
 from supervisor.executor_handle import ExecutorHandle, HandleState
 from supervisor.residency import Residency
+from supervisor.transfers.messages import ReplyT, RequestBody
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,18 @@ class Executor:
         self.say(ModelLoaded(model_id, type_name, device_bytes, 0.1))
 
 
+class RecordingTransfers:
+    """Stands for the transfer process: keeps what is asked, answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[RequestBody, asyncio.Future[Any]]] = []
+
+    async def call(self, request: RequestBody, reply: type[ReplyT]) -> ReplyT:
+        answer: asyncio.Future[ReplyT] = asyncio.get_running_loop().create_future()
+        self.asked.append((request, answer))
+        return await answer
+
+
 class Rig:
     """A dispatcher with executors that get ready when the test says so."""
 
@@ -129,11 +142,13 @@ class Rig:
         self.functions = tuple(functions)
         self.residency = Residency(labels or {}, {model: ModelDir(f"/models/{model}") for model in models})
         self.changes = 0
+        self.transfers = RecordingTransfers()
         self.dispatcher = Dispatcher(
             limits=limits or Limits(0, 1, 5.0, 0),
             residency=self.residency,
             executors=lambda: [each.handle for each in self.executors if each.handle.state is HandleState.READY],
             changed=self._changed,
+            files=FileService(self.transfers),
         )
         self.executors: list[Executor] = []
         for _ in range(executors):

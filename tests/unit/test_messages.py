@@ -17,7 +17,7 @@ from gen_worker.pipe import messages as m
 DOWN: list[tuple[Any, list[Any]]] = [
     (
         m.Init(1, 2, "cuda:0", ("a", "b"), "/app", "/run", 64, 5.0, 100, 200, 0, {"torch.Tensor": "mod:load"}),
-        [1, 1, 2, "cuda:0", ["a", "b"], "/app", "/run", 64, 5.0, 100, 200, 0, {"torch.Tensor": "mod:load"}],
+        [1, 1, 2, "cuda:0", ["a", "b"], "/app", "/run", 64, 5.0, 100, 200, 0, {"torch.Tensor": "mod:load"}, "", 0],
     ),
     (
         m.Run(7, "run-7", "draw", b"\x80", {"pipe": "cozy:a/b:latest"}, 1500, 12.5, "tenant", "user", 262144),
@@ -36,6 +36,14 @@ DOWN: list[tuple[Any, list[Any]]] = [
     (m.UnloadModel("cozy:a/b:latest"), [6, "cozy:a/b:latest"]),
     (m.Shutdown(), [7]),
     (m.Free(2097152), [8, 2097152]),
+    (
+        m.FileReply(7, 1, (m.LocalFile("/run/in.png", 3, "ab", "image/png"),)),
+        [13, 7, 1, [["/run/in.png", 3, "ab", "image/png"]], None, 0],
+    ),
+    (
+        m.FileReply(7, 2, failure=m.Failure("auth", "no access"), failed=1),
+        [13, 7, 2, [], ["auth", "no access", "", False], 1],
+    ),
 ]
 
 UP: list[tuple[Any, list[Any]]] = [
@@ -80,6 +88,8 @@ UP: list[tuple[Any, list[Any]]] = [
     ),
     (m.Fatal("import", "no module x", "trace"), [25, "import", "no module x", "trace"]),
     (m.Free(0), [8, 0]),
+    (m.FetchFile(7, 1, ("a.png", "https://host/b")), [26, 7, 1, ["a.png", "https://host/b"]]),
+    (m.StoreFile(7, 2, "runs/r/outputs/a", True, b"ticket"), [27, 7, 2, "runs/r/outputs/a", True, b"ticket"]),
 ]
 
 FEWEST: list[tuple[list[Any], Any]] = [
@@ -130,7 +140,7 @@ def test_the_tables_cover_both_unions() -> None:
 
 def test_no_two_tags_are_equal() -> None:
     kinds = set(get_args(m.Downward)) | set(get_args(m.Upward))
-    assert len({kind.__struct_config__.tag for kind in kinds}) == len(kinds) == 14
+    assert len({kind.__struct_config__.tag for kind in kinds}) == len(kinds) == 17
 
 
 def test_the_unions_are_closed() -> None:

@@ -6,6 +6,7 @@ they serve several tenants, and follow no redirects by themselves.
 
 from __future__ import annotations
 
+import functools
 import ssl
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Final
@@ -22,5 +23,11 @@ def open_client(timeout_s: float, *, keep: int, tls: ssl.SSLContext | None = Non
         limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=keep),
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         trust_env=False,
-        verify=tls or ssl.create_default_context(),
+        verify=tls or _default_trust(),
     )
+
+
+@functools.cache
+def _default_trust() -> ssl.SSLContext:
+    """The system's authorities; reading them takes a tenth of a second."""
+    return ssl.create_default_context()
