@@ -14,13 +14,13 @@ import sys
 from collections.abc import Iterable
 from typing import Final
 
-from executor.torch_state import cuda_version
 from gen_worker.errors import ProjectError, SignatureError
 from gen_worker.failures import describe
 from gen_worker.injection import configure_runtime_loaders
 from gen_worker.modules import find_modules, import_modules, import_roots
 from gen_worker.pipe.messages import PIPE_PROTOCOL, Fatal, FunctionInfo, Init, InjectionInfo, Ready
 from gen_worker.signature import FunctionSpec, collect_functions
+from gen_worker.torch_build import cuda_version
 
 _DISTRIBUTIONS: Final = {
     "torch": ("torch",),

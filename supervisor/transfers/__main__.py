@@ -16,8 +16,6 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
-import uvloop
-
 from supervisor.prctl import die_with_parent, forbid_inspection
 from supervisor.transfers.link import Link
 from supervisor.transfers.messages import (
@@ -83,7 +81,8 @@ def run(open_handlers: OpenHandlers) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the supervisor, which ends this process
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole URLs, and those of files are credentials
-    uvloop.run(serve(socket.socket(fileno=arguments.pipe_fd), open_handlers))
+    # asyncio's own loop reads larger pieces than uvloop, which is what counts here (benchmarks/download.py).
+    asyncio.run(serve(socket.socket(fileno=arguments.pipe_fd), open_handlers))
 
 
 def main() -> None:

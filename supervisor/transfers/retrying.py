@@ -6,14 +6,13 @@ Owns: nothing; tenacity's loop with this worker's settings, and the honouring of
 from __future__ import annotations
 
 import logging
-from email.utils import parsedate_to_datetime
-from time import time
 from typing import Final
 
 import httpx
 import tenacity
 
 from gen_worker.errors import RetryableError
+from supervisor.transfers.http import is_transient, retry_after
 from supervisor.transfers.messages import RetrySettings
 
 log = logging.getLogger(__name__)
@@ -22,7 +21,6 @@ MAX_ATTEMPTS: Final = 5
 """Of one request: with the default waits, about 10 s of an absent server. A run waits for it."""
 MAX_RETRY_AFTER_S: Final = 60.0
 """A server that wants more patience than this is told of as one that does not answer."""
-_AGAIN_STATUSES: Final = frozenset({408, 425, 429})
 
 
 class TryAgain(RetryableError):
@@ -53,20 +51,9 @@ def attempts(settings: RetrySettings) -> tenacity.AsyncRetrying:
 
 def check_again(response: httpx.Response, who: str) -> None:
     """Raise TryAgain for an answer that says that another time is better; `who` is the words for the server."""
-    if response.status_code in _AGAIN_STATUSES or response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
-        raise TryAgain(f"{who} answered {response.status_code}", retry_after(response))
-
-
-def retry_after(response: httpx.Response) -> float:
-    """Seconds of the header Retry-After, a number or a date; 0 without it."""
-    text = response.headers.get("Retry-After", "").strip()
-    if text.isdecimal():
-        return min(float(text), MAX_RETRY_AFTER_S)
-    try:
-        seconds = parsedate_to_datetime(text).timestamp() - time()
-    except ValueError:
-        return 0.0
-    return min(max(0.0, seconds), MAX_RETRY_AFTER_S)
+    if is_transient(response.status_code):
+        wait_s = min(retry_after(response.headers) or 0.0, MAX_RETRY_AFTER_S)
+        raise TryAgain(f"{who} answered {response.status_code}", wait_s)
 
 
 def _log(state: tenacity.RetryCallState) -> None:
