@@ -6,13 +6,12 @@ import asyncio
 import hashlib
 import os
 import stat
-import time
+import tempfile
 from pathlib import Path
 
 import msgspec
 
 from gen_worker import ActionContext, Asset, ResourceRequirements, worker_function
-from gen_worker.errors import AuthError, RetryableError, WorkerError
 
 
 class Pictures(msgspec.Struct):
@@ -45,9 +44,12 @@ class Save(msgspec.Struct):
     path: str = ""
 
 
+class Sparse(msgspec.Struct):
+    size: int
+
+
 class Saved(msgspec.Struct):
     asset: Asset
-    peak_kib: int = 0
 
 
 class Nothing(msgspec.Struct):
@@ -87,16 +89,12 @@ async def alook(ctx: ActionContext, payload: Pictures) -> Answer:
 
 @worker_function(ResourceRequirements(max_concurrency=1))
 def one_at_a_time(ctx: ActionContext, payload: Pictures) -> Answer:
-    with Path(f"/tmp/{ctx.run_id}").open("x"):
-        pass
-    Path(f"/tmp/{ctx.run_id}").unlink()
-    return Answer(text="ran")
+    return Answer(text=ctx.run_id)
 
 
 @worker_function()
 def save(ctx: ActionContext, payload: Save) -> Saved:
-    call = getattr(ctx, payload.how)
-    return Saved(call(payload.ref, payload.path or payload.data), _peak_kib())
+    return Saved(getattr(ctx, payload.how)(payload.ref, payload.path or payload.data))
 
 
 @worker_function()
@@ -108,26 +106,41 @@ async def asave(ctx: ActionContext, payload: Save) -> Saved:
 def save_and_catch(ctx: ActionContext, payload: Save) -> Answer:
     try:
         getattr(ctx, payload.how)(payload.ref, payload.path or payload.data)
-    except (AuthError, RetryableError) as error:
-        return Answer(text=f"{type(error).__name__}: {error}")
-    except WorkerError as error:
+    except Exception as error:  # noqa: BLE001  (which one it is is what the test asks)
         return Answer(text=f"{type(error).__name__}: {error}")
     return Answer(text="saved")
 
 
 @worker_function()
-def save_changing(ctx: ActionContext, payload: Save) -> Saved:
-    """Saves a sparse file of 64 MiB; the test changes it meanwhile."""
-    ctx.emit("started", {})
-    return Saved(ctx.save_file(payload.ref, payload.path))
+def save_temporary(ctx: ActionContext, payload: Sparse) -> Saved:
+    """Save a file of this size that takes no space on the disk."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.truncate(payload.size)
+        return Saved(ctx.save_file("big.bin", file.name))
+
+
+@worker_function()
+def write_to_input(ctx: ActionContext, payload: Pictures) -> Answer:
+    """What the file system says to a function that wants to change its input."""
+    (asset,) = _all(payload)
+    attempts = {
+        "write": lambda: Path(asset).open("r+b").close(),
+        "chmod": lambda: Path(asset).chmod(0o777),
+        "replace": lambda: Path(asset).unlink(),
+        "cache": lambda: list(Path(asset).parents[2].joinpath("cache", "inputs").iterdir()),
+        "runs": lambda: list(Path(asset).parents[2].iterdir()),
+    }
+    said = []
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except OSError as error:
+            said.append(f"{name}: {type(error).__name__}")
+        else:
+            said.append(f"{name}: done")
+    return Answer(text=", ".join(said), pid=os.getuid())
 
 
 @worker_function()
 def nap(ctx: ActionContext, payload: Nothing) -> Answer:
-    time.sleep(0.01)
-    return Answer(text="slept")
-
-
-def _peak_kib() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return Answer(text="slept", pid=os.getpid())
