@@ -209,7 +209,7 @@ def function(
     return FunctionInfo(name, mode, injections=tuple(injections), max_concurrency=limit)
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
     """Wait for what timers or processes bring about."""
     async with asyncio.timeout(timeout_s):
         while not condition():

@@ -24,7 +24,7 @@ from supervisor.transfers.messages import (
 )
 from tests.support.rig import Executor, RecordingTransfers, Rig, function, until, use_recording_children
 
-STORE = {"file_base_url": "http://store", "file_token": "t1", "tenant_id": "tenant"}
+STORE: Any = {"file_base_url": "http://store", "file_token": "t1", "tenant_id": "tenant"}
 FILE = LocalFile("/run/a", 3, "ab", "image/png")
 MakeRig = Callable[..., Rig]
 
@@ -210,7 +210,7 @@ async def test_a_flood_of_requests_is_bounded(make: MakeRig) -> None:
     assert (reply.number, reply.failure.safe_message) == (MAX_REQUESTS, "more than 256 files at once")
 
 
-def access(run: dict[str, str], *stores: tuple[str, str]) -> tuple[str, str]:
+def access(run: Any, *stores: tuple[str, str]) -> tuple[str, str]:
     files = RunFiles(RecordingTransfers(), tuple(Store(*store) for store in stores), lambda _, start: start())
     found = files.access(make_run("r1", **run))
     return found.base_url, found.token
