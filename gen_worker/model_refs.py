@@ -61,6 +61,11 @@ def canonical_ref(text: str) -> str:
     return parse_model_ref(text).canonical
 
 
+def canonical_name(name: str) -> str:
+    """The canonical form of a ref; a name that is none, as a local model may have, stays as it is."""
+    return canonical_ref(name) if is_model_ref(name) else name
+
+
 def is_model_ref(text: str) -> bool:
     """Whether the text is a ref, and so not a label."""
     return bool(_HF.fullmatch(text) or _COZY.fullmatch(text))

@@ -36,7 +36,7 @@ class OutputLog:
         self._left_out = 0
         self._loop = asyncio.get_running_loop()
 
-    def line(self, stream: str, line: str) -> None:
+    def line(self, stream: str, line: str, level: int = logging.INFO) -> None:
         """One line that it printed to `stream`."""
         if self._budget < 1:
             now = self._clock()
@@ -48,7 +48,7 @@ class OutputLog:
                 self._left_out += 1
                 return
         self._budget -= 1
-        self._log.info("%s", line, extra={**self._extra, "stream": stream})
+        self._log.log(level, "%s", line, extra={**self._extra, "stream": stream})
 
     def say_left_out(self) -> None:
         """Say how many lines were left out since the last time, if any were."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -58,6 +59,8 @@ QUIET: Final[Mapping[str, str]] = {
 }
 """For huggingface_hub, which reads them when it is imported; only the token of the settings counts."""
 
+_LOGGED: Final = re.compile(r"(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) [\w.]+: (?P<message>.*)")
+
 OnProgress = Callable[[int, int, float], None]
 """(bytes done, bytes in all or 0 while that is unknown, bytes per second), a few times a second."""
 
@@ -88,14 +91,14 @@ class TransferProcess:
         settings: TransferSettings,
         env: Mapping[str, str],
         *,
-        on_models_removed: Callable[[tuple[str, ...]], None] = lambda _: None,
         module: str = "supervisor.transfers",
         cwd: str = "/",
     ) -> None:
         """`env` is the process's environment; `module` is what is run."""
         self._settings = settings
         self._env = {**env, **QUIET}
-        self._on_models_removed = on_models_removed
+        self.on_models_removed: Callable[[tuple[str, ...]], None] = lambda _: None
+        """Gets the refs of what was taken from disk to make room."""
         self._module = module
         self._cwd = cwd
         self._ids = itertools.count(1)
@@ -171,7 +174,7 @@ class TransferProcess:
     async def _start_child(self) -> None:
         child = Child(
             on_frame=self._on_frame,
-            on_line=self._output.line,
+            on_line=self._on_line,
             on_writable=lambda: None,
             on_exit=self._on_exit,
         )
@@ -229,6 +232,14 @@ class TransferProcess:
                 self._fail(call, f"the transfer process died {call.deaths} times while it did this: {words}")
         self._respawning = loop.call_later(delay, self._spawn)
 
+    def _on_line(self, stream: str, line: str) -> None:
+        """What it logs goes to the log at its own level; the format is that of its main module."""
+        found = _LOGGED.fullmatch(line)
+        if found is None:
+            self._output.line(stream, line)
+        else:
+            self._output.line(stream, found["message"], logging.getLevelNamesMapping()[found["level"]])
+
     # -- its messages -------------------------------------------------------------------------
 
     def _on_frame(self, body: bytes) -> None:
@@ -258,7 +269,7 @@ class TransferProcess:
                 if call is not None and not call.answer.done():
                     call.answer.set_exception(TransferError(message.failure))
             case ModelsRemoved():
-                self._on_models_removed(message.refs)
+                self.on_models_removed(message.refs)
 
     def _fail_all(self, detail: str) -> None:
         for call in list(self._calls.values()):

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from supervisor.auth import AuthSettings
 from supervisor.backoff import ReconnectSettings
+from supervisor.devices import Device
 from supervisor.dispatcher import FileService, Limits
 from supervisor.executor_place import ExecutorPlace
 from supervisor.run_files import Store, Transfers
 from supervisor.session import SessionSettings
 from supervisor.settings import Settings
-from supervisor.transfers.messages import FileSettings
+from supervisor.transfers.messages import FileSettings, HuggingFaceOptions, TransferSettings
 from supervisor.transport import TlsFiles, Transport
 
 
@@ -89,6 +91,28 @@ def file_service(settings: Settings, transfers: Transfers) -> FileService:
     others = (settings.cache_dir, settings.model_cache_dir, settings.outbox_dir)
     inside = (path.relative_to(settings.run_dir) for path in others if path and path.is_relative_to(settings.run_dir))
     return FileService(transfers, stores, frozenset(path.parts[0] for path in inside if path.parts))
+
+
+def transfer_settings(settings: Settings, devices: Sequence[Device], files: FileSettings) -> TransferSettings:
+    """The least capable GPU speaks for all: any of them may get the model."""
+    return TransferSettings(
+        model_cache_dir=str(settings.model_cache_dir),
+        model_cache_max_bytes=int(settings.model_cache_max_gb * 2**30),
+        max_concurrent_downloads=settings.max_concurrent_downloads,
+        hub_url=settings.cozy_hub_url,
+        hub_token=settings.cozy_hub_token,
+        hf_token=settings.hf_token,
+        hf_home=_text(settings.hf_home) or "",
+        hf=HuggingFaceOptions(
+            components=settings.cozy_hf_components,
+            include_optional=settings.cozy_hf_include_optional_components,
+            precisions=settings.cozy_hf_weight_precisions,
+            allow_root_json=settings.cozy_hf_allow_root_json,
+            full_repo=settings.cozy_hf_full_repo_download,
+        ),
+        gpu_sm=min((int(device.sm) for device in devices if device.sm.isdigit()), default=0),
+        files=files,
+    )
 
 
 def _text(path: Path | None) -> str | None:

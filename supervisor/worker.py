@@ -21,6 +21,7 @@ from supervisor.executor_place import ExecutorPlace
 from supervisor.exit_codes import ExitCode
 from supervisor.family import FAMILY
 from supervisor.inbound import Inbound
+from supervisor.model_files import HostModels
 from supervisor.oom import OomWatch, find_counter
 from supervisor.outbox import DELIVERED_S
 from supervisor.pool import Pool
@@ -29,9 +30,16 @@ from supervisor.residency import Residency
 from supervisor.result_store import ResultStore
 from supervisor.session import GaveUp, Session
 from supervisor.transfer_process import TransferProcess
-from supervisor.transfers.messages import TransferSettings
 from supervisor.transport import StatusCode
-from supervisor.wiring import auth_settings, file_service, file_settings, limits, open_transport, session_settings
+from supervisor.wiring import (
+    auth_settings,
+    file_service,
+    file_settings,
+    limits,
+    open_transport,
+    session_settings,
+    transfer_settings,
+)
 
 if TYPE_CHECKING:
     from supervisor.settings import Settings
@@ -60,12 +68,8 @@ class Worker:
     ) -> None:
         """`conceal` is told the secrets that turn up later. Raises DeviceError when a GPU asked for is not there."""
         self._settings = settings
-        without_secrets = child_environment(environ, settings)
-        self._environ = place.inherited(without_secrets)
+        self._environ = place.inherited(child_environment(environ, settings))
         self._files = file_settings(settings, place)
-        self._transfers = TransferProcess(
-            TransferSettings(model_cache_dir=str(settings.model_cache_dir), files=self._files), without_secrets
-        )
         self._run_dir = str(place.run_dir)
         self._oom = OomWatch(find_counter())
         self._project_root = str(Path.cwd())
@@ -80,6 +84,17 @@ class Worker:
             fake_name=settings.fake_gpu_name,
             held=self._residency.bytes_on,
         )
+        self._transfers = TransferProcess(
+            transfer_settings(settings, self._probe.devices, self._files),
+            child_environment(environ, settings),
+        )
+        self._model_files = HostModels(
+            settings.model_artifacts,
+            self._transfers,
+            hub=bool(settings.cozy_hub_url),
+            at_once=settings.max_concurrent_downloads,
+        )
+        self._labels = tenant.models
         self._store = ResultStore(settings.outbox_dir, settings.worker_id) if settings.outbox_dir else None
         self._dispatcher = Dispatcher(
             limits=limits(settings),
@@ -105,7 +120,7 @@ class Worker:
             transport=open_transport(settings),
             auth=Auth(auth_settings(settings), conceal=conceal),
             outgoing=self._dispatcher.outbox,
-            incoming=Inbound(self._dispatcher, self._residency),
+            incoming=Inbound(self._dispatcher, self._residency, self._model_files.prefetch),
             registration=registration.encode,
         )
         self._events: asyncio.Queue[str] = asyncio.Queue()
@@ -124,6 +139,8 @@ class Worker:
         if self._store is not None:
             await self._store.open()
         self._pool.start()
+        self._model_files.start(self._settings.model_cache_dir)
+        self._model_files.prefetch(self._labels.values())
         session = loop.create_task(self._serve())
         session.add_done_callback(lambda _: self._events.put_nowait("the session ended"))
         event = await self._events.get()
@@ -163,9 +180,7 @@ class Worker:
         # What still runs would be lost with its executor: its scheduler hears it now and can place it elsewhere.
         self._dispatcher.abandon("the worker was shut down while it ran")
         # Executors leave while results go out; both take longest when something is wrong.
-        leaving = asyncio.ensure_future(
-            self._pool.stop("the worker shuts down", 0 if self._forced.is_set() else LEAVE_S)
-        )
+        leaving = asyncio.ensure_future(self._end_children())
         if not self._first_ready.is_set():
             session.cancel()  # it has not dialed: there is no one to flush to
         elif not session.done():
@@ -175,12 +190,18 @@ class Worker:
         self._session.stop()
         await asyncio.wait([session, leaving], timeout=FLUSH_S)
         session.cancel()
-        await self._dispatcher.files.wait_removed(REMOVE_S)
-        await self._transfers.stop()
         if self._session.read_to_end:
             self._dispatcher.outbox.stream_read_to_end()
         if self._store is not None:
             await self._store.close()
+
+    async def _end_children(self) -> None:
+        grace_s = 0 if self._forced.is_set() else LEAVE_S
+        leaving = asyncio.ensure_future(self._pool.stop("the worker shuts down", grace_s))
+        await self._model_files.stop()
+        await self._dispatcher.files.wait_removed(REMOVE_S)
+        await self._transfers.stop()
+        await leaving
 
     async def _unless_forced(self, step: Coroutine[Any, Any, object]) -> None:
         task = asyncio.ensure_future(step)

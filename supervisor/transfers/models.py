@@ -18,6 +18,7 @@ from supervisor.transfers.budget import Budget
 from supervisor.transfers.cozy import CozyModels
 from supervisor.transfers.http import open_session
 from supervisor.transfers.hub import Hub
+from supervisor.transfers.hugging_face import HuggingFaceModels
 from supervisor.transfers.messages import (
     FetchModel,
     ListModels,
@@ -124,5 +125,5 @@ async def model_handlers(settings: TransferSettings, stack: AsyncExitStack, send
     store = Store(settings.model_cache_dir)
     budget = Budget(store, settings.model_cache_max_bytes, removed)
     cozy = CozyModels(settings, session, Hub(session, settings), store, budget)
-    models = Models({"cozy": cozy}, settings.max_concurrent_downloads)
+    models = Models({"cozy": cozy, "hf": HuggingFaceModels(settings, session)}, settings.max_concurrent_downloads)
     return {FetchModel: models.fetch, ListModels: models.list_models, RemoveModel: models.remove}

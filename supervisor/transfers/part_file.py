@@ -43,7 +43,7 @@ class PartFile:
     def try_open(self) -> bool:
         """Open and lock it; False while another process has it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _room_errors(self.path):
+        with disk_full_errors(self.path.parent):
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             # Whoever had it may have renamed or removed it while we waited: then the lock is on what is no .part.
@@ -78,7 +78,7 @@ class PartFile:
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         self._hasher.update(data)
         view, done = memoryview(data), 0
-        with _room_errors(self.path):
+        with disk_full_errors(self.path.parent):
             while done < len(view):
                 done += os.write(self._fd, view[done:])
         self.offset += done
@@ -89,7 +89,7 @@ class PartFile:
 
     def finish(self) -> None:
         """It is whole and right: onto the disk, sealed, and under its own name. Raises DiskFull, OSError."""
-        with _room_errors(self.path):
+        with disk_full_errors(self.path.parent):
             os.fsync(self._fd)
             seal(self._fd)
             self.path.rename(self._target)
@@ -105,12 +105,13 @@ class PartFile:
 
 
 @contextmanager
-def _room_errors(path: Path) -> Iterator[None]:
+def disk_full_errors(directory: Path) -> Iterator[None]:
+    """An OSError for a disk without room becomes DiskFull."""
     try:
         yield
     except OSError as error:
         if error.errno in _NO_ROOM:
-            raise DiskFull(f"the disk of {path.parent} is full: {error.strerror}") from error
+            raise DiskFull(f"the disk of {directory} is full: {error.strerror}") from error
         raise
 
 

@@ -26,11 +26,9 @@ WAIT_S = 30.0
 
 @asynccontextmanager
 async def process(tmp_path: Path, hub_url: str = "") -> AsyncIterator[TransferProcess]:
-    removed: list[str] = []
     transfers = TransferProcess(
         Settings(model_cache_dir=str(tmp_path), hub_token="very-secret-token", hub_url=hub_url),
         {"PYTHONPATH": f"{SUPPORT}:{ROOT}", "PATH": "/bin"},
-        on_models_removed=removed.extend,
         module="transfer_child",
     )
     try:
@@ -156,7 +154,7 @@ async def test_stop_ends_it_and_fails_what_waits(tmp_path: Path) -> None:
 async def test_news_without_a_request(tmp_path: Path) -> None:
     async with process(tmp_path) as transfers:
         removed: list[str] = []
-        transfers._on_models_removed = removed.extend
+        transfers.on_models_removed = removed.extend
         await ask(transfers, "removed")
         assert removed == ["a", "b"]
         assert (await transfers.call(ListModels(), ModelList)).models[0].ref == "x"

@@ -25,7 +25,8 @@ from supervisor.transfers.hub import Hub
 from supervisor.transfers.messages import FetchModel, ModelFiles, RemoveModel, RetrySettings, TransferSettings
 from supervisor.transfers.models import Models
 from supervisor.transfers.store import Store
-from tests.support.dev_hub import Answer, Asked, DevHub
+from tests.support.dev_hub import DevHub
+from tests.support.faulty_server import Answer, Asked
 from tests.support.rig import until
 
 FAST = RetrySettings(4, 0.001, 0.002)

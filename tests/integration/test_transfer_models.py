@@ -1,0 +1,198 @@
+"""The real transfer process with its real handlers: models of the hub and of Hugging Face, deaths, and their traces."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supervisor.transfer_process import TransferError, TransferProcess
+from supervisor.transfers.messages import (
+    FetchModel,
+    HuggingFaceOptions,
+    ListModels,
+    ModelFiles,
+    ModelList,
+    ModelRemoved,
+    RemoveModel,
+    RetrySettings,
+    TransferSettings,
+)
+from tests.support.dev_hub import DevHub
+from tests.support.dev_hugging_face import COMMIT, DevHuggingFace, safetensors
+from tests.support.faulty_server import Answer, Asked
+from tests.support.hf_listings import index
+from tests.support.rig import until
+
+ROOT = Path(__file__).parent.parent.parent
+WAIT_S = 40.0
+PIPELINE = {
+    "README.md": b"# hello",
+    "model_index.json": index(
+        {"unet": ["diffusers", "X"], "scheduler": ["diffusers", "Y"], "safety_checker": ["a", "B"]}
+    ),
+    "scheduler/scheduler_config.json": b"{}",
+    "safety_checker/model.safetensors": safetensors("F16", 100),
+    "unet/config.json": b'{"a": 1}',
+    "unet/diffusion_pytorch_model.bin": b"b" * 1000,
+    "unet/diffusion_pytorch_model.safetensors": safetensors("BF16", 200_000),
+    "unet/diffusion_pytorch_model.fp32.safetensors": safetensors("F32", 400_000),
+}
+SELECTED = {
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+}
+
+
+@asynccontextmanager
+async def process(tmp_path: Path, env: dict[str, str] | None = None, **settings: Any) -> AsyncIterator[TransferProcess]:
+    values = {"retry": RetrySettings(4, 0.01, 0.02), "hf_home": str(tmp_path / "hf_home"), **settings}
+    transfers = TransferProcess(
+        TransferSettings(model_cache_dir=str(tmp_path / "cache"), **values),
+        {"PYTHONPATH": str(ROOT), "PATH": "/bin", "HOME": str(tmp_path), **(env or {})},
+    )
+    try:
+        async with asyncio.timeout(WAIT_S):
+            yield transfers
+    finally:
+        await transfers.stop()
+
+
+def content(root: str) -> dict[str, bytes]:
+    base = Path(root)
+    return {str(path.relative_to(base)): path.read_bytes() for path in base.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def hub() -> Iterator[DevHub]:
+    with DevHub(token="hub-token") as hub:
+        yield hub
+
+
+@pytest.fixture
+def hugging_face() -> Iterator[DevHuggingFace]:
+    with DevHuggingFace(token="hf-token") as server:
+        yield server
+
+
+async def test_a_killed_process_goes_on_from_its_part_and_nobody_sees_it(hub: DevHub, tmp_path: Path) -> None:
+    data = os.urandom(3 * 2**20)
+    hub.put("org/repo", {"f": data})
+
+    def slow(asked: Asked) -> Answer | None:
+        """The first half comes, then nothing: the process is killed while it waits."""
+        if asked.is_store and asked.number == 1:
+            return Answer(200, data, cut_at=len(data) // 2, stall=True)
+        return None
+
+    hub.on_request = slow
+    async with process(tmp_path, hub_url=hub.url, hub_token="hub-token") as transfers:
+        progress: list[int] = []
+        call = asyncio.create_task(
+            transfers.call(FetchModel("org/repo"), ModelFiles, lambda done, *_: progress.append(done))
+        )
+        cache = tmp_path / "cache"
+        part: list[Path] = []
+
+        def has_part() -> bool:
+            part[:] = [path for path in cache.rglob("*.part") if path.stat().st_size >= 2**20]
+            return bool(part)
+
+        await until(has_part, WAIT_S)
+        assert transfers.pid is not None
+        os.kill(transfers.pid, signal.SIGKILL)
+        found = await call
+        assert content(found.root_dir) == {"f": data}
+        ranges = [each.headers["Range"] for each in hub.requests("/store/") if "Range" in each.headers]
+        assert len(ranges) == 1
+        assert 2**20 <= int(ranges[0][6:-1]) <= len(data) // 2, "it went on from what was there"
+        assert progress[-1] == len(data)
+
+        # What is on disk is found by the next process too.
+        listed = await transfers.call(ListModels(), ModelList)
+        assert [model.ref for model in listed.models] == ["cozy:org/repo:latest"]
+        await transfers.call(RemoveModel("org/repo"), ModelRemoved)
+        assert (await transfers.call(ListModels(), ModelList)).models == ()
+
+
+async def test_a_diffusers_pipeline_of_hugging_face(hugging_face: DevHuggingFace, tmp_path: Path) -> None:
+    hugging_face.repos["org/pipe"] = PIPELINE
+    env = {"HF_ENDPOINT": hugging_face.url}
+    async with process(tmp_path, env, hf_token="hf-token") as transfers:
+        told: list[tuple[int, int]] = []
+        found = await transfers.call(
+            FetchModel("hf:org/pipe"), ModelFiles, lambda done, total, _: told.append((done, total))
+        )
+        assert set(content(found.root_dir)) == SELECTED
+        assert found.root_dir == str(tmp_path / "hf_home/hub/models--org--pipe/snapshots" / COMMIT)
+        assert found.size_bytes == sum(len(PIPELINE[path]) for path in SELECTED)
+        assert found.weight_bytes == len(PIPELINE["unet/diffusion_pytorch_model.safetensors"])
+        assert found.metadata == {"quantization": "bf16"}
+        assert told[-1] == (found.size_bytes, found.size_bytes)
+
+        # A complete local snapshot makes no network call, however it came here.
+        before = len(hugging_face.asked)
+        again = await transfers.call(FetchModel("hf:org/pipe"), ModelFiles)
+        assert again.root_dir == found.root_dir
+        for record in (tmp_path / "cache/hf/refs").iterdir():
+            record.unlink()
+        pinned = await transfers.call(FetchModel(f"hf:org/pipe@{COMMIT}"), ModelFiles)
+        assert pinned.root_dir == found.root_dir
+        assert len(hugging_face.asked) == before
+
+        # One that lacks a file is completed.
+        (Path(found.root_dir) / "unet/diffusion_pytorch_model.safetensors").unlink()
+        assert (await transfers.call(ListModels(), ModelList)).models == ()
+        await transfers.call(FetchModel(f"hf:org/pipe@{COMMIT}"), ModelFiles)
+        assert set(content(found.root_dir)) == SELECTED
+        await transfers.call(RemoveModel(f"hf:org/pipe@{COMMIT}"), ModelRemoved)
+        assert not Path(found.root_dir).exists()
+
+
+async def test_what_hugging_face_refuses(hugging_face: DevHuggingFace, tmp_path: Path) -> None:
+    hugging_face.repos["org/pipe"] = PIPELINE
+    hugging_face.repos["org/old"] = {"config.json": b"{}", "pytorch_model.bin": b"b"}
+    env = {"HF_ENDPOINT": hugging_face.url}
+    async with process(tmp_path, env, hf_token="hf-token") as transfers:
+        for ref, error_type, words in (
+            ("hf:org/none", "validation", "no such repo"),
+            ("hf:org/pipe@v9", "validation", "no such revision"),
+            ("hf:org/old", "fatal", "has no safetensors"),
+        ):
+            with pytest.raises(TransferError, match=words) as refused:
+                await transfers.call(FetchModel(ref), ModelFiles)
+            assert refused.value.failure.error_type == error_type
+        hugging_face.on_request = lambda asked: Answer(503) if asked.number == 1 else None
+        await transfers.call(FetchModel("hf:org/pipe"), ModelFiles)
+    async with process(tmp_path / "other", env, hf_token="wrong") as transfers:
+        with pytest.raises(TransferError, match="check HF_TOKEN") as refused:
+            await transfers.call(FetchModel("hf:org/pipe"), ModelFiles)
+        assert refused.value.failure.error_type == "auth"
+
+
+async def test_a_full_repo_and_a_canceled_download(hugging_face: DevHuggingFace, tmp_path: Path) -> None:
+    hugging_face.repos["org/pipe"] = PIPELINE
+    env = {"HF_ENDPOINT": hugging_face.url}
+    env["HF_HUB_DOWNLOAD_TIMEOUT"] = "1"  # the library's thread sees that it was stopped when its read ends
+    options = HuggingFaceOptions(full_repo=True)
+    async with process(tmp_path, env, hf_token="hf-token", hf=options) as transfers:
+        data = PIPELINE["unet/diffusion_pytorch_model.bin"]
+        hugging_face.on_request = lambda asked: (
+            Answer(200, data, cut_at=10, stall=True) if asked.method == "GET" and asked.path.endswith(".bin") else None
+        )
+        call = asyncio.create_task(transfers.call(FetchModel("hf:org/pipe"), ModelFiles))
+        await until(lambda: bool(hugging_face.requests(".bin", "GET")), WAIT_S)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        hugging_face.on_request = lambda _: None
+        found = await transfers.call(FetchModel("hf:org/pipe"), ModelFiles)
+        assert set(content(found.root_dir)) == set(PIPELINE)
