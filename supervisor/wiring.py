@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def file_settings(settings: Settings, place: ExecutorPlace) -> FileSettings:
         max_upload_bytes=settings.max_upload_bytes,
         socket=f"gen-worker-files-{secrets.token_hex(16)}",
         executor_uid=os.geteuid() if place.user is None else place.user.uid,
+        started=time.time(),
     )
 
 

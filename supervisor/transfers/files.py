@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import mimetypes
 import os
 from collections.abc import AsyncIterator, Mapping
@@ -23,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 import httpx
 
-from gen_worker.errors import ResourceError, ValidationError, WorkerError
+from gen_worker.errors import ResourceError, RetryableError, ValidationError, WorkerError
 from gen_worker.mime_types import HEAD_BYTES, UNKNOWN, mime_type_of
 from gen_worker.pipe.messages import LocalFile
 from supervisor.transfers.descriptors import Descriptors
@@ -45,10 +46,16 @@ from supervisor.transfers.threads import in_thread
 from supervisor.transfers.upload_source import UploadSource
 from supervisor.transfers.web import PublicWeb
 
+log = logging.getLogger(__name__)
+
 FETCHES: Final = 32
-"""Inputs at once, of all runs."""
+"""Inputs at once, of all runs: so many from stores, and so many from the web, whose servers may be slow on purpose."""
 FETCHES_OF_RUN: Final = 8
 UPLOADS: Final = 16
+WEB_S: Final = 600.0
+"""For one file from the web, however slowly it comes."""
+STALE_S: Final = 24 * 3600.0
+"""A part of a file that is older is not being fetched by another worker with the same cache any more."""
 BLOCK_BYTES: Final = 1024 * 1024
 _WEB: Final = ("http://", "https://")
 
@@ -84,12 +91,20 @@ class Files:
         self._cache = InputCache(Path(settings.cache_dir))
         self._runs = RunDirectories(Path(settings.run_dir))
         self._fetches = asyncio.Semaphore(FETCHES)
+        self._web_fetches = asyncio.Semaphore(FETCHES)
         self._uploads = asyncio.Semaphore(UPLOADS)
         self._locks = _Locks()
 
     @property
     def handlers(self) -> Mapping[type, Handler]:
         return {FetchInputs: self.fetch, RemoveInputs: self.remove, StoreOutput: self.store}
+
+    async def sweep(self) -> None:
+        """Remove what killed workers left on the disk."""
+        await in_thread(self._cache.sweep, self._settings.started - STALE_S)
+        count = await in_thread(self._runs.sweep, self._settings.started)
+        if count:
+            log.info("removed the inputs of %d runs that a killed worker had left", count)
 
     # -- inputs -------------------------------------------------------------------------------
 
@@ -100,7 +115,7 @@ class Files:
         of_run = asyncio.Semaphore(FETCHES_OF_RUN)
 
         async def one(index: int, ref: str) -> LocalFile:
-            async with of_run, self._fetches:
+            async with of_run, self._web_fetches if _is_url(ref) else self._fetches:
                 try:
                     return await self._fetch_one(store, request, directory, index, ref)
                 except WorkerError as error:
@@ -127,7 +142,7 @@ class Files:
     ) -> LocalFile:
         tenant = request.access.tenant_id
         try:
-            if ref.lower().startswith(_WEB):
+            if _is_url(ref):
                 cached, file = await self._from_web(tenant, ref)
                 name = unquote(urlsplit(ref).path)
             else:
@@ -171,6 +186,13 @@ class Files:
         raise AssertionError("unreachable: the last attempt raises")
 
     async def _from_web(self, tenant: str, url: str) -> tuple[Path, LocalFile]:
+        try:
+            async with asyncio.timeout(WEB_S):
+                return await self._download_from_web(tenant, url)
+        except TimeoutError:
+            raise RetryableError(f"its server took longer than {WEB_S:.0f} s") from None
+
+    async def _download_from_web(self, tenant: str, url: str) -> tuple[Path, LocalFile]:
         async for attempt in attempts(self._retry):
             with attempt:
                 async with self._web.open(url) as response, self._received(response, tenant) as got:
@@ -251,6 +273,10 @@ class _FileError(Exception):
         super().__init__(str(error))
         self.index = index
         self.error = error
+
+
+def _is_url(ref: str) -> bool:
+    return ref.lower().startswith(_WEB)
 
 
 def _write(file: FileIO, block: bytes, digest: hashlib._Hash) -> None:

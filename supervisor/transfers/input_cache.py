@@ -6,11 +6,15 @@ A tenant's directory is named by a digest of its id, so no id leads out of it or
 there when it is whole, and is read again and compared before it is used again: one that somebody has changed is thrown
 away. When the disk is nearly full the files that were not used for longest go; a run that has one linked keeps it.
 
+The directory of a run is locked (flock) while its process lives, so what a killed worker left can be told, and is swept
+away by the next one.
+
 Everything here blocks, and is called in threads; but `RunDirectories.prepare` and `remove`, which are quick.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -26,6 +30,7 @@ log = logging.getLogger(__name__)
 FULL: Final = 0.95
 """Of the disk: as for models, the rest is for others."""
 _READABLE: Final = 0o444
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME_CHARS: Final = 100
 _UNSAFE: Final = re.compile(r"[^\w.-]+")
 
@@ -35,6 +40,13 @@ class InputCache:
 
     def __init__(self, directory: Path) -> None:
         self._root = directory / "inputs"
+
+    def sweep(self, before: float) -> None:
+        """Remove what interrupted fetches left, if it is older than `before` (epoch seconds)."""
+        for path in self._root.glob("*/*.part"):
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime < before:
+                    path.unlink()
 
     def find(self, tenant: str, sha256: str) -> Path | None:
         """A whole copy of the file that this tenant has fetched before."""
@@ -95,7 +107,8 @@ class RunDirectories:
 
     def __init__(self, directory: Path) -> None:
         self._root = directory
-        self._own: set[str] = set()
+        self._own: dict[str, int] = {}
+        """Name -> descriptor of the locked directory."""
 
     def prepare(self, name: str) -> Path:
         """The directory for a run's inputs, empty at its first use. Raises OSError."""
@@ -105,7 +118,8 @@ class RunDirectories:
             path.mkdir(parents=True)
             for each in (path.parent, path):
                 each.chmod(0o755)  # whatever the umask: executors may be another user
-            self._own.add(name)
+            self._own[name] = os.open(path.parent, _DIRECTORY)
+            fcntl.flock(self._own[name], fcntl.LOCK_EX | fcntl.LOCK_NB)
         return path
 
     def link(self, cached: Path, path: Path) -> None:
@@ -122,8 +136,31 @@ class RunDirectories:
 
     def remove(self, name: str) -> Path | None:
         """The run has ended: its directory is gone from its place at once. What it gives is to be deleted."""
-        self._own.discard(name)
+        own = self._own.pop(name, None)
+        if own is not None:
+            os.close(own)
         return self._set_aside(name)
+
+    def sweep(self, before: float) -> int:
+        """Remove what killed workers left, if it is older than `before` (epoch seconds); how many there were.
+
+        What is younger may be of a run that is active: this process may not be its worker's first.
+        """
+        found = 0
+        for path in self._root.glob("*/inputs"):
+            try:
+                if (
+                    path.lstat().st_uid == os.geteuid()
+                    and path.parent.stat().st_mtime < before
+                    and _is_free(path.parent)
+                ):
+                    self._set_aside(path.parent.name)
+                    found += 1
+            except OSError as error:
+                log.warning("what a killed worker left can't be removed: %s", error)
+        for path in self._root.glob(".ended-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        return found
 
     def _set_aside(self, name: str) -> Path | None:
         aside = self._root / f".ended-{secrets.token_hex(8)}"
@@ -134,6 +171,18 @@ class RunDirectories:
         shutil.rmtree(aside / "inputs", ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
         return aside
+
+
+def _is_free(directory: Path) -> bool:
+    """Whether no process has it locked."""
+    fd = os.open(directory, _DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def local_name(number: int, index: int, ref: str, suffix: str) -> str:

@@ -57,6 +57,8 @@ class FileSettings(msgspec.Struct, frozen=True, array_like=True):
     """The abstract Unix socket to take executors' open files from."""
     executor_uid: int = 0
     """Whose."""
+    started: float = 0.0
+    """Epoch seconds: what is older on disk was left by other workers."""
 
 
 class TransferSettings(msgspec.Struct, frozen=True, array_like=True, kw_only=True):

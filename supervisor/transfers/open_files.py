@@ -25,4 +25,6 @@ async def open_files(settings: TransferSettings, stack: AsyncExitStack) -> Handl
         descriptors = Descriptors(settings.files.socket, settings.files.executor_uid)
         stack.callback(descriptors.close)
     files = Files(settings.files, settings.retry, client=client, web=web, descriptors=descriptors)
+    if settings.files.run_dir:
+        await files.sweep()
     return files.handlers

@@ -340,6 +340,40 @@ async def test_a_cancel_stops_a_download_at_once(
     assert rig.cached() == []
 
 
+async def test_what_a_killed_worker_left_is_swept_away(rig: Rig, root: Path, access: FileAccess) -> None:
+    """Runs of the worker that lives are not: neither this process's nor those of its predecessor."""
+    (root / "a").write_bytes(b"a")
+    for run in ("dead", "young", "locked"):
+        await rig.fetch_one(access, "a", directory=run)
+    for run in ("dead", "young"):
+        os.close(rig.files._runs._own.pop(run))
+    for run in ("dead", "locked"):
+        os.utime(rig.run_dir / run, (1000, 1000))
+    (rig.run_dir / "not-a-run").mkdir()
+    part = rig.files._cache.new_file("tenant")
+    part.write_bytes(b"half")
+    os.utime(part, (1000, 1000))
+    assert rig.files._runs.sweep(2000.0) == 1
+    rig.files._cache.sweep(2000.0)
+    assert sorted(path.name for path in rig.run_dir.iterdir()) == ["locked", "not-a-run", "young"]
+    assert [path.read_bytes() for path in rig.cached()] == [b"a"]
+
+
+async def test_a_web_server_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("supervisor.transfers.files.WEB_S", 0.05)
+    server = Server()
+    await server.start()
+    server.answers["/a"] = (200, {"Content-Length": "10"}, b"")
+    server.hold = asyncio.Event()
+    async with make(tmp_path, resolve=Names(a_example=[["127.0.0.1"]]), allowed=loopback_too) as rig:
+        kind, words = await rig.failure(FileAccess(""), f"http://a.example:{server.port}/a")
+    assert (kind, words) == ("retryable", "its server took longer than 0 s")
+    server.hold.set()
+    while server.open:
+        await asyncio.sleep(0.001)
+    server.server.close()
+
+
 async def test_the_disk_is_not_filled(
     rig: Rig, root: Path, access: FileAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

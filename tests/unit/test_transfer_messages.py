@@ -25,7 +25,7 @@ SETTINGS = m.TransferSettings(
     gpu_sm=90,
     retry=m.RetrySettings(3, 0.1, 0.2),
     http_timeout_s=4.0,
-    files=m.FileSettings("/cache", "/run", 5, 6, "socket", 12345),
+    files=m.FileSettings("/cache", "/run", 5, 6, "socket", 12345, 7.5),
 )
 FILES = m.ModelFiles("hf:a/b", "/root", {"label": "x"}, 10, 9, 1.5, "/lock")
 
@@ -38,7 +38,7 @@ DOWN: list[tuple[Any, list[Any]]] = [
             [
                 "/cache", 1, 2, "http://hub", "secret-hub", "secret-hf", "/hf",
                 [["unet"], True, ["fp16"], True, True], 90, [3, 0.1, 0.2], 4.0,
-                ["/cache", "/run", 5, 6, "socket", 12345],
+                ["/cache", "/run", 5, 6, "socket", 12345, 7.5],
             ],
         ],
     ),

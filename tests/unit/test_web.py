@@ -29,6 +29,9 @@ class Server:
     def __init__(self) -> None:
         self.answers: dict[str, tuple[int, dict[str, str], bytes]] = {"/a.png": (200, {}, b"pixels")}
         self.requests: list[Request] = []
+        self.hold: asyncio.Event | None = None
+        """While it is not set connections stay open, with nothing more to come."""
+        self.open = 0
         self.names: list[str | None] = []
         """What TLS was asked for."""
 
@@ -39,6 +42,7 @@ class Server:
         self.port = self.server.sockets[0].getsockname()[1]
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.open += 1
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         fields = (line.partition(": ") for line in head[1:] if line)
         self.requests.append((head[0], {name.lower(): value for name, _, value in fields}))
@@ -47,7 +51,10 @@ class Server:
         lines = [f"HTTP/1.1 {status} x", *(f"{name}: {value}" for name, value in headers.items())]
         writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
         await writer.drain()
+        if self.hold is not None:
+            await self.hold.wait()
         writer.close()
+        self.open -= 1
 
 
 class Names:
