@@ -197,8 +197,11 @@ class Dispatcher:
     def run_file(self, handle: ExecutorHandle, request: FetchFile | StoreFile) -> None:
         run = self._run_of(handle, request.key)
         if run is not None and run.state is RunState.RUNNING:
-            self.files.handle(run, handle, request)
-            self.lanes.pump()
+            if isinstance(request, StoreFile):
+                self.files.store(run, handle, request)
+            else:
+                self.files.fetch(run, handle, request)
+                self.lanes.pump()  # its place is free
 
     def run_result(self, handle: ExecutorHandle, result: Result, output: bytes) -> None:
         run = self._run_of(handle, result.key)

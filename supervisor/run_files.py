@@ -82,22 +82,14 @@ class RunFiles:
         self._directories: dict[int, str] = {}
         self._removals: set[asyncio.Task[None]] = set()
 
-    def handle(self, run: Run, handle: ExecutorHandle, request: FetchFile | StoreFile) -> None:
-        """An executor asks for something that one of its runs needs."""
-        tasks = self._tasks.setdefault(run.key, set())
-        if len(tasks) >= MAX_REQUESTS:
-            failure = Failure("validation", f"more than {MAX_REQUESTS} files at once")
-            handle.send_files(FileReply(request.key, request.number, failure=failure))
-            return
-        work: Coroutine[Any, Any, None]
-        if isinstance(request, FetchFile):
-            handle.pause(run)
-            work = self._fetch(run, handle, request)
-        else:
-            work = self._store(run, handle, request)
-        task = asyncio.get_running_loop().create_task(work)
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+    def fetch(self, run: Run, handle: ExecutorHandle, request: FetchFile) -> None:
+        """An executor asks for the inputs of one of its runs."""
+        handle.pause(run)
+        self._begin(run, handle, request, self._fetch(run, handle, request))
+
+    def store(self, run: Run, handle: ExecutorHandle, request: StoreFile) -> None:
+        """An executor asks to store an output."""
+        self._begin(run, handle, request, self._store(run, handle, request))
 
     def cancel(self, run: Run) -> None:
         """Stop what is under way for it; its executor is told of the cancel by other means."""
@@ -105,7 +97,7 @@ class RunFiles:
             task.cancel()
 
     def end(self, run: Run) -> None:
-        """The run has ended: stop what is under way, remove its inputs."""
+        """It has ended: stop what is under way, remove its inputs."""
         self.cancel(run)
         directory = self._directories.pop(run.key, None)
         if directory is not None:
@@ -119,7 +111,7 @@ class RunFiles:
             await asyncio.wait(self._removals, timeout=timeout_s)
 
     def access(self, run: Run) -> FileAccess:
-        """Where the run's files are."""
+        """Where its files are."""
         base_url, token = run.file_base_url, run.file_token
         if not base_url and self._stores:
             own = self._stores[0]
@@ -129,6 +121,19 @@ class RunFiles:
         return FileAccess(base_url, token, run.tenant_id)
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _begin(
+        self, run: Run, handle: ExecutorHandle, request: FetchFile | StoreFile, work: Coroutine[Any, Any, None]
+    ) -> None:
+        tasks = self._tasks.setdefault(run.key, set())
+        if len(tasks) >= MAX_REQUESTS:
+            work.close()
+            failure = Failure("validation", f"more than {MAX_REQUESTS} files at once")
+            handle.send_files(FileReply(request.key, request.number, failure=failure))
+            return
+        task = asyncio.get_running_loop().create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     async def _fetch(self, run: Run, handle: ExecutorHandle, request: FetchFile) -> None:
         directory = self._directories.setdefault(run.key, self._directory_of(run.run_id))
