@@ -9,7 +9,7 @@ from __future__ import annotations
 import typer
 
 from gen_worker._version import __version__
-from gen_worker.cli import project, torture
+from gen_worker.cli import models, project, torture
 
 app = typer.Typer(
     help="Write, check and describe the functions that a worker runs. The worker itself is gen-worker-supervisor.",
@@ -21,6 +21,8 @@ app = typer.Typer(
 app.command()(project.discover)
 app.command()(project.validate)
 app.command()(torture.torture)
+app.command()(models.download)
+app.add_typer(models.models, name="models")
 
 
 @app.command()

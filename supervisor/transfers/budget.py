@@ -74,6 +74,8 @@ class Budget:
     def _make_room(self, digest: str, need_bytes: int, wanted: frozenset[str]) -> None:
         self._store.remove_abandoned(wanted)
         self._sweep()
+        if self._room() + self._store.used_bytes() < need_bytes:
+            raise self._no_room(need_bytes, 0)  # not even an empty cache has room: nothing is removed in vain
         in_use = 0
         for candidate in self._by_last_use():
             if self._room() >= need_bytes:
@@ -87,12 +89,14 @@ class Budget:
             log.info("%s was removed from disk to make room", ", ".join(refs) or f"snapshot {candidate}")
             self._sweep()
             self._on_removed(refs)
-        room = self._room()
-        if room < need_bytes:
-            limit = f"WORKER_MODEL_CACHE_MAX_GB is {gb(self._max_bytes)}" if self._max_bytes else "the disk is too full"
-            used = f"; {in_use} models that are in use were not removed" if in_use else ""
-            sizes = f"{gb(need_bytes)} are needed, {gb(max(room, 0))} are left"
-            raise ResourceError(f"no room on disk: {sizes}: {limit}{used}")
+        if self._room() < need_bytes:
+            raise self._no_room(need_bytes, in_use)
+
+    def _no_room(self, need_bytes: int, in_use: int) -> ResourceError:
+        limit = f"WORKER_MODEL_CACHE_MAX_GB is {gb(self._max_bytes)}" if self._max_bytes else "the disk is too full"
+        used = f"; {in_use} models that are in use were not removed" if in_use else ""
+        sizes = f"{gb(need_bytes)} are needed, {gb(max(self._room(), 0))} are left"
+        return ResourceError(f"no room on disk: {sizes}: {limit}{used}")
 
     def _sweep(self) -> None:
         with locked_now(self._store.store_lock):

@@ -137,7 +137,7 @@ class Hub:
                     path=file.path,
                     size_bytes=file.size_bytes,
                     blake3=file.blake3.lower().removeprefix("blake3:"),
-                    url=urljoin(base, file.url),
+                    url=urljoin(base, file.url) if file.url else "",
                 )
                 for file in found
             ],

@@ -75,4 +75,6 @@ def _wrong(file: RemoteFile) -> str:
         return f"its size is {file.size_bytes}"
     if not _BLAKE3.fullmatch(file.blake3):
         return "its blake3 is not 64 hex digits"
+    if not file.url.startswith(("https://", "http://")):
+        return "it has no URL to get it from"
     return ""

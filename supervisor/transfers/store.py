@@ -19,6 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
@@ -172,9 +173,11 @@ class Store:
 
         Its blobs stay until `remove_loose_blobs`. Raises OSError.
         """
-        with locked_if_free(self.fetch_lock(digest)) as idle, locked_if_free(self.use_lock(digest)) as unused:
-            if not (idle and unused):
-                return None
+        with ExitStack() as stack:
+            # One after the other: a supervisor that begins to use it now must not find its lock taken for nothing.
+            for lock in (self.fetch_lock(digest), self.use_lock(digest)):
+                if not stack.enter_context(locked_if_free(lock)):
+                    return None
             refs = tuple(record.ref for record in self.records() if record.snapshot == digest)
             for ref in refs:
                 self._record_path(ref).unlink(missing_ok=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -196,3 +198,38 @@ async def test_a_full_repo_and_a_canceled_download(hugging_face: DevHuggingFace,
         hugging_face.on_request = lambda _: None
         found = await transfers.call(FetchModel("hf:org/pipe"), ModelFiles)
         assert set(content(found.root_dir)) == set(PIPELINE)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    path = tmp_path / "cache"
+    path.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True, text=True, check=False
+    )
+    if mount.returncode != 0:
+        pytest.skip(f"a tmpfs can't be mounted here: {mount.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+async def test_a_full_disk_is_said_and_freed(hub: DevHub, small_disk: Path) -> None:
+    hub.put("org/small", {"f": b"s" * 1000})
+    hub.put("org/large", {"one": os.urandom(3 * 2**20), "two": os.urandom(3 * 2**20), "three": b"3"})
+    async with process(
+        small_disk.parent, hub_url=hub.url, hub_token="hub-token", model_cache_max_bytes=2**30
+    ) as transfers:
+        small = await transfers.call(FetchModel("org/small"), ModelFiles)
+        with pytest.raises(TransferError, match=r"the disk of .* is full: No space left on device") as full:
+            await transfers.call(FetchModel("org/large"), ModelFiles)
+        assert full.value.failure.error_type == "resource"
+        assert shutil.disk_usage(small_disk).used < 2**18, "what it had written is gone"
+        assert content(small.root_dir) == {"f": b"s" * 1000}
+    async with process(
+        small_disk.parent, hub_url=hub.url, hub_token="hub-token"
+    ) as transfers:  # without a budget it is told before
+        with pytest.raises(TransferError, match=r"no room on disk: 0\.01 GB are needed, .*the disk is too full"):
+            await transfers.call(FetchModel("org/large"), ModelFiles)
+        listed = await transfers.call(ListModels(), ModelList)
+        assert [model.ref for model in listed.models] == [small.ref], "nothing was removed in vain"

@@ -235,6 +235,8 @@ async def test_a_hub_that_stays_away_is_given_up(hub: DevHub, tmp_path: Path) ->
         ({"path": "vae"}, "a file and a directory"),
         ({"path": "vae/config.json"}, "there twice"),
         ({"size_bytes": -1}, "its size is -1"),
+        ({"url": ""}, "no URL"),
+        ({"url": "file:///etc/passwd"}, "no URL"),
         ({"blake3": "zz"}, "not 64 hex digits"),
         ({"blake3": "../../../../x"}, "not 64 hex digits"),
         ({"size_bytes": "many"}, "broken"),
@@ -590,6 +592,10 @@ async def test_the_least_recently_used_goes_first_and_what_is_in_use_never(hub: 
         hub.put("org/huge", {"f": b"h" * 4000})
         with pytest.raises(ResourceError, match=r"no room on disk: .*WORKER_MODEL_CACHE_MAX_GB"):
             await our.fetch("org/huge")
+        assert len(our.cozy.models()) == 3, "nothing is removed in vain"
+        hub.put("org/large", {"f": b"l" * 2500})
+        with in_use(our.cozy.models()[0]), pytest.raises(ResourceError, match="1 models that are in use were not"):
+            await our.fetch("org/large")
 
 
 async def test_without_a_budget_the_disk_is_the_limit(hub: DevHub, tmp_path: Path) -> None:
