@@ -145,7 +145,7 @@ class RunFiles:
     def store(self, ref: str, source: bytes | Path, *, create: bool) -> Asset:
         """Store a file and wait for it. Raises a WorkerError that names it, OSError, RunCanceled."""
         if not self._settings.socket:
-            raise WorkerError(f"output {ref!r} can't be stored: this worker has no file store")
+            raise WorkerError(f"output {_name(ref)!r} can't be stored: this worker has no file store")
         with self._opened(ref, source) as fd:
             ticket = secrets.token_bytes(TICKET_BYTES)
             number, request = self._new_request(None)
@@ -196,7 +196,7 @@ class RunFiles:
     def _handed_over(self, ticket: bytes, fd: int, request: _Request) -> Iterator[None]:
         """Hand the open file to the transfer process; closing the connection takes it back if it was not asked for."""
         while not request.done.is_set():
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as connection:
                 try:
                     connection.connect(f"\0{self._settings.socket}")
                     socket.send_fds(connection, [ticket], [fd])

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from gen_worker.type_walk import types_in
 from gen_worker.types import Asset
 
 
@@ -55,15 +56,4 @@ _KEY_CHARS = 40
 @functools.cache
 def holds_assets(type_: type) -> bool:
     """Whether a value that msgspec decodes as this type may have an Asset in it."""
-    seen: set[int] = set()
-    links: list[object] = [msgspec.inspect.type_info(type_)]
-    while links:
-        link = links.pop()
-        if isinstance(link, msgspec.inspect.StructType) and issubclass(link.cls, Asset):
-            return True
-        if isinstance(link, tuple):
-            links += link
-        elif isinstance(link, (msgspec.inspect.Type, msgspec.inspect.Field)) and id(link) not in seen:
-            seen.add(id(link))
-            links += [getattr(link, name) for name in link.__struct_fields__]
-    return False
+    return any(isinstance(each, msgspec.inspect.StructType) and issubclass(each.cls, Asset) for each in types_in(type_))

@@ -95,8 +95,10 @@ def file_service(settings: Settings, transfers: Transfers) -> FileService:
     return FileService(transfers, stores, frozenset(path.parts[0] for path in inside if path.parts))
 
 
-def transfer_settings(settings: Settings, devices: Sequence[Device], files: FileSettings) -> TransferSettings:
-    """The least capable GPU speaks for all: any of them may get the model."""
+def transfer_settings(
+    settings: Settings, devices: Sequence[Device], files: FileSettings | None = None
+) -> TransferSettings:
+    """The least capable GPU speaks for all: any of them may get the model. Without `files` it serves no runs."""
     return TransferSettings(
         model_cache_dir=str(settings.model_cache_dir),
         model_cache_max_bytes=int(settings.model_cache_max_gb * 2**30),
@@ -113,7 +115,7 @@ def transfer_settings(settings: Settings, devices: Sequence[Device], files: File
             full_repo=settings.cozy_hf_full_repo_download,
         ),
         gpu_sm=min((int(device.sm) for device in devices if device.sm.isdigit()), default=0),
-        files=files,
+        files=files or FileSettings(),
     )
 
 

@@ -25,6 +25,8 @@ from supervisor.transfers.retrying import TryAgain, attempts, check_again
 
 API_PREFIX: Final = "/api/v1/file/"
 MAX_REF_BYTES: Final = 4096
+ANSWER_S: Final = 120.0
+"""A store that has a large upload may take this long to say so: it hashes, and moves it to where it stays."""
 _MAX_ANSWER_BYTES: Final = 64 * 1024
 _DIGEST_CHARS: Final = 64
 _NO_METHOD: Final = frozenset({405, 501})
@@ -160,9 +162,13 @@ class FileStore:
     ) -> AsyncIterator[httpx.Response]:
         url = f"{self._access.base_url.rstrip('/')}{API_PREFIX}{quoted(ref)}"
         content = None if body is None else body()
+        timeout = self._client.timeout
+        if content is not None:
+            read_s = max(ANSWER_S, timeout.read or 0)
+            timeout = httpx.Timeout(connect=timeout.connect, read=read_s, write=timeout.write, pool=timeout.pool)
         try:
             request = self._client.build_request(
-                method, url, headers={**self._headers, **(headers or {})}, content=content
+                method, url, headers={**self._headers, **(headers or {})}, content=content, timeout=timeout
             )
             response = await self._client.send(request, stream=True, follow_redirects=False)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:

@@ -110,7 +110,10 @@ class Files:
 
     async def fetch(self, request: FetchInputs, progress: OnProgress) -> InputsFetched:  # noqa: ARG002
         """All of the request's files, in parallel; the first that fails stops the others."""
-        directory = self._runs.prepare(request.directory)
+        try:
+            directory = self._runs.prepare(request.directory)
+        except OSError as error:
+            raise ResourceError(f"there is no directory for the run's inputs: {error.strerror or error}") from error
         store = FileStore(self._client, request.access, self._retry)
         of_run = asyncio.Semaphore(FETCHES_OF_RUN)
 
@@ -134,7 +137,7 @@ class Files:
 
     async def remove(self, request: RemoveInputs, progress: OnProgress) -> InputsRemoved:  # noqa: ARG002
         """The run has ended."""
-        self._runs.remove(request.directory)
+        await in_thread(self._runs.delete, self._runs.remove(request.directory))
         return InputsRemoved()
 
     async def _fetch_one(

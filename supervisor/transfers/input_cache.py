@@ -9,7 +9,8 @@ away. When the disk is nearly full the files that were not used for longest go; 
 The directory of a run is locked (flock) while its process lives, so what a killed worker left can be told, and is swept
 away by the next one.
 
-Everything here blocks, and is called in threads; but `RunDirectories.prepare` and `remove`, which are quick.
+Everything here blocks, and is called in threads; but `RunDirectories.prepare` and `remove`, which are quick and keep
+the order of the requests.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class RunDirectories:
         """The directory for a run's inputs, empty at its first use. Raises OSError."""
         path = self._root / name / "inputs"
         if name not in self._own:
-            self._set_aside(name)  # a worker that was killed may have left it
+            self.delete(self._set_aside(name))  # a worker that was killed may have left it
             path.mkdir(parents=True)
             for each in (path.parent, path):
                 each.chmod(0o755)  # whatever the umask: executors may be another user
@@ -135,7 +136,7 @@ class RunDirectories:
             path.chmod(_READABLE)
 
     def remove(self, name: str) -> Path | None:
-        """The run has ended: its directory is gone from its place at once. What it gives is to be deleted."""
+        """The run has ended: its directory is gone from its place at once. What it gives is to be `delete`d."""
         own = self._own.pop(name, None)
         if own is not None:
             os.close(own)
@@ -154,12 +155,12 @@ class RunDirectories:
                     and path.parent.stat().st_mtime < before
                     and _is_free(path.parent)
                 ):
-                    self._set_aside(path.parent.name)
+                    self.delete(self._set_aside(path.parent.name))
                     found += 1
             except OSError as error:
                 log.warning("what a killed worker left can't be removed: %s", error)
         for path in self._root.glob(".ended-*"):
-            shutil.rmtree(path, ignore_errors=True)
+            self.delete(path)
         return found
 
     def _set_aside(self, name: str) -> Path | None:
@@ -168,9 +169,13 @@ class RunDirectories:
             (self._root / name).rename(aside)
         except FileNotFoundError:
             return None
-        shutil.rmtree(aside / "inputs", ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
         return aside
+
+    @staticmethod
+    def delete(aside: Path | None) -> None:
+        """Delete what was set aside; what can't be deleted now is when a worker starts."""
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _is_free(directory: Path) -> bool:

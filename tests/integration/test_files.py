@@ -277,13 +277,15 @@ async def test_what_can_not_be_saved(rig: Rig) -> None:
     (rig.directory / "dangling").symlink_to(rig.directory / "nowhere")
     (rig.directory / "link").symlink_to(rig.directory / "fifo")
     for name, words in [
-        ("fifo", "FileNotFoundError: can't save 'x': "),
-        ("link", "FileNotFoundError: can't save 'x': "),
-        ("dangling", "FileNotFoundError: can't save 'x': there is no file "),
-        ("run", "FileNotFoundError: can't save 'x': "),
+        ("fifo", ", only something of that name that is no regular file"),
+        ("link", ", only something of that name that is no regular file"),
+        ("dangling", ""),
+        ("run", ", only something of that name that is no regular file"),
     ]:
-        payload = {"how": "save_file", "ref": "x", "path": str(rig.directory / name)}
-        assert (await rig.chain.call("save_and_catch", payload, **rig.access))["text"].startswith(words)
+        path = rig.directory / name
+        payload = {"how": "save_file", "ref": "x", "path": str(path)}
+        output = await rig.chain.call("save_and_catch", payload, **rig.access)
+        assert output["text"] == f"FileNotFoundError: can't save 'x': there is no file {path}{words}"
     payload = {"how": "save_file", "ref": "x", "path": "/proc/self/environ"}
     output = await rig.chain.call("save_and_catch", payload, **rig.access)
     assert output["text"] == "ValidationError: output 'x': it has more than the 0 bytes that it says"
