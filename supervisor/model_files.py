@@ -19,27 +19,16 @@ import os
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 from gen_worker.model_refs import ParsedModelRef, canonical_name, parse_model_ref
 from gen_worker.pipe.messages import Failure
+from supervisor.config_parse import LocalModel as Artifact
 from supervisor.model_source import LocalModel, SourceEvents
 from supervisor.transfer_process import TransferError, TransferProcess
 from supervisor.transfers.messages import FetchModel, ListModels, ModelFiles, ModelList
-from supervisor.transfers.snapshots import WEIGHT_SUFFIXES
+from supervisor.transfers.snapshots import RECORDS, WEIGHT_SUFFIXES
 
 log = logging.getLogger(__name__)
-
-
-class Artifact(Protocol):
-    """A local model directory, as WORKER_MODEL_ARTIFACTS_JSON gives it."""
-
-    @property
-    def root_dir(self) -> str: ...
-    @property
-    def files(self) -> Mapping[str, str]: ...
-    @property
-    def metadata(self) -> Mapping[str, str]: ...
 
 
 class HostModels:
@@ -75,8 +64,8 @@ class HostModels:
         self._events = events
 
     def start(self, cache_dir: Path) -> None:
-        """Find out what is on disk from earlier; without a cache directory there is nothing."""
-        if cache_dir.is_dir():
+        """Find out what is on disk from earlier; where nothing was ever downloaded no process is needed for that."""
+        if any(any((cache_dir / records).glob("*.json")) for records in RECORDS):
             self._listing = asyncio.get_running_loop().create_task(self._list())
 
     async def stop(self) -> None:

@@ -13,6 +13,8 @@ from typing import Final
 from gen_worker.errors import FatalError
 
 WEIGHT_SUFFIXES: Final = (".safetensors", ".flashpack", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+RECORDS: Final = ("cozy/refs", "hf/refs")
+"""Where, under WORKER_MODEL_CACHE_DIR, the records of what was downloaded are: `<ref, URL-quoted>.json`."""
 _BLAKE3: Final = re.compile(r"[0-9a-f]{64}")
 _DIGEST: Final = re.compile(r"[0-9a-f]{1,128}")
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,9 @@ SELECTED = {
 
 
 @asynccontextmanager
-async def process(tmp_path: Path, env: dict[str, str] | None = None, **settings: Any) -> AsyncIterator[TransferProcess]:
+async def process(
+    tmp_path: Path, env: Mapping[str, str] | None = None, **settings: Any
+) -> AsyncIterator[TransferProcess]:
     values = {"retry": RetrySettings(4, 0.01, 0.02), "hf_home": str(tmp_path / "hf_home"), **settings}
     transfers = TransferProcess(
         TransferSettings(model_cache_dir=str(tmp_path / "cache"), **values),

@@ -26,6 +26,8 @@ PROGRAM: Final = Path(sys.executable).parent / "gen-worker-supervisor"
 """The console script that the wheel installs."""
 WAIT_S: Final = 30.0
 """For what must happen; far above what it takes, so that a loaded machine fails no test."""
+NO_MODELS: Final = "/tmp/gen-worker-tests/no-models"
+"""Not the cache that a worker of this machine may have; nothing is ever put there."""
 _INHERITED: Final = ("PATH", "HOME", "PYTHONPATH", "LANG")
 _LINE_BYTES: Final = 1024 * 1024
 _POLL_S: Final = 0.005
@@ -59,6 +61,7 @@ class WorkerProcess:
             "RECONNECT_MAX_DELAY": "0.5",
             "RECONNECT_JITTER_SECONDS": "0.05",
             "WORKER_LOG_LEVEL": "debug",
+            "WORKER_MODEL_CACHE_DIR": NO_MODELS,
             **(env or {}),
         }
         # The one variable to which empty means something: off.
