@@ -19,6 +19,7 @@ import msgspec
 
 from executor.blobs import Blobs
 from executor.boot import BootError, load_functions, ready
+from executor.files import StoreSettings
 from executor.link import Link
 from executor.models import ModelStore
 from executor.process import Departure, ExitCode, buffer_by_line, die_with_parent, forbid_new_privileges, say
@@ -101,6 +102,7 @@ def build_service(
         cancel_grace_s=init.cancel_grace_s,
         loop=loop,
         loop_thread=threading.get_ident(),
+        store=StoreSettings(init.file_socket, init.max_upload_bytes),
         on_shutdown=on_shutdown,
     )
 

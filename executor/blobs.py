@@ -14,6 +14,7 @@ import msgspec
 
 from gen_worker.pipe.arena import BLOB_THRESHOLD_BYTES, ArenaReader, ArenaWriter
 from gen_worker.pipe.messages import Blob, Free, Payload, Upward
+from gen_worker.type_walk import types_in
 
 
 class Blobs:
@@ -62,15 +63,5 @@ class Blobs:
 @functools.cache
 def keeps_views(type_: type) -> bool:
     """Whether a value of the type may refer to the bytes that it was decoded from: it has a memoryview or a Raw."""
-    seen: set[int] = set()
-    links: list[object] = [msgspec.inspect.type_info(type_)]
-    while links:
-        link = links.pop()
-        if isinstance(link, (msgspec.inspect.MemoryViewType, msgspec.inspect.RawType)):
-            return True
-        if isinstance(link, tuple):
-            links += link
-        elif isinstance(link, (msgspec.inspect.Type, msgspec.inspect.Field)) and id(link) not in seen:
-            seen.add(id(link))
-            links += [getattr(link, name) for name in link.__struct_fields__]
-    return False
+    views = msgspec.inspect.MemoryViewType, msgspec.inspect.RawType
+    return any(isinstance(each, views) for each in types_in(type_))

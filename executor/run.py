@@ -3,26 +3,30 @@
 Owns: the run's cancel, its events, and that it is answered once.
 
     QUEUED --claim--> STARTED --succeed | fail--> answered
-       `---claim, by a cancel---------------------^
+      |  ^---unclaim----'                             ^
+      `---claim, by a cancel--------------------------'
 
-Who claims a run answers it: the thread (or coroutine) that starts it, or the cancel that was faster. A cancel that
-finds it started sets the flag, ends its waits and leaves the answer to whoever runs it.
+A run of a sync function that has to wait for its inputs is unclaimed, so that it uses no thread, and queued again
+when they are there. Who claims a run answers it: the thread (or coroutine) that starts it, or the cancel that was
+faster. A cancel that finds it started sets the flag, ends its waits and leaves the answer to whoever runs it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
 
 from executor.events import LOOP_WINDOWS, EventStream
+from executor.files import Inputs, RunFiles, StoreSettings
 from executor.gate import Gate
 from executor.tracebacks import drop_frames
 from gen_worker.context import ActionContext
-from gen_worker.errors import RunCanceled, WorkerError
+from gen_worker.errors import RunCanceled
 from gen_worker.failures import failure_of
 from gen_worker.pipe.messages import CancelCause, Failure, Payload, Result, Run, Upward
 from gen_worker.signature import FunctionSpec
@@ -33,7 +37,8 @@ class ActiveRun:
     """See the module. It is the RunHost of its ActionContext."""
 
     __slots__ = (
-        "_claimed", "_forget", "_loop_thread", "_send", "cause", "context", "events", "gate", "message", "spec", "task",
+        "_claimed", "_forget", "_loop_thread", "_resume", "_send", "cause", "context", "decoded", "events", "files",
+        "gate", "inputs", "message", "spec", "task",
     )  # fmt: skip
 
     def __init__(
@@ -44,19 +49,30 @@ class ActiveRun:
         send: Callable[[Upward], None],
         forget: Callable[[int, None], object],
         loop_thread: int,
+        store: StoreSettings,
+        resume: Callable[[ActiveRun], None],
     ) -> None:
-        """`forget(key, None)` is called when the run is answered; `loop_thread` is the event loop's thread."""
+        """`forget(key, None)` is called when the run is answered; `loop_thread` is the event loop's thread.
+
+        `resume` queues it again, after it was unclaimed.
+        """
         self.message = message
         self.spec = spec
         self.cause: CancelCause | None = None
         self.context: ActionContext | None = None
         self.events = EventStream(message.key, message.window, send)
+        self.files = RunFiles(message.key, store, send)
+        self.decoded: msgspec.Struct | None = None
+        """The payload, once it is decoded; what the message says of it is void then."""
+        self.inputs: Inputs | None = None
+        """Of a run that was unclaimed."""
         self.gate = Gate()
         self.task: asyncio.Task[None] | None = None
         """Of an async function, once the event loop has it."""
         self._send = send
         self._forget = forget
         self._loop_thread = loop_thread
+        self._resume = resume
         self._claimed = threading.Lock()
 
     # -- its life -----------------------------------------------------------------------------
@@ -64,6 +80,18 @@ class ActiveRun:
     def claim(self) -> bool:
         """True for the first who asks: that one answers the run."""
         return self._claimed.acquire(blocking=False)
+
+    def wait_unclaimed(self, assets: Sequence[tuple[str, Asset]]) -> None:
+        """Ask for the inputs and give the claim back; the run is queued again when they are there.
+
+        Raises ValidationError and RunCanceled, with the claim still held.
+        """
+        self.inputs = self.files.inputs(assets, lambda: self._resume(self))
+        self._claimed.release()
+        self.inputs.ask()
+        # A cancel sets the flag and then tries to claim, this the other way round: one of them answers.
+        if self.is_canceled and self.claim():
+            self.fail(RunCanceled("it waited for its inputs"))
 
     def attach(self, context: ActionContext) -> None:
         """The context that the function gets; a cancel that came before is passed on to it."""
@@ -79,6 +107,7 @@ class ActiveRun:
         if self.context is not None:
             self.context.cancel(self.cause)
         self.events.cancel()
+        self.files.cancel()
 
     @property
     def is_canceled(self) -> bool:
@@ -130,5 +159,9 @@ class ActiveRun:
         else:
             self.events.put(event_type, payload_json)
 
-    def store(self, ref: str, source: bytes | Path, *, create: bool) -> Asset:  # noqa: ARG002  # the protocol's
-        raise WorkerError(f"{ref!r} can't be stored: this worker has no file store")
+    def store(self, ref: str, source: bytes | Path, *, create: bool) -> Asset:
+        shield = self.gate.shielded() if self.gate.is_inside(threading.get_ident()) else nullcontext()
+        with shield:
+            asset = self.files.store(ref, source, create=create)
+        asset.tenant_id = self.message.tenant_id or None
+        return asset

@@ -1,6 +1,6 @@
 """Calls tenant functions: from a Run message to the values and errors that ActiveRun answers with.
 
-1. claim the run, decode its payload, look up its models, make its context;
+1. claim the run, decode its payload, have its inputs fetched, look up its models, make its context;
 2. call the function, in a pool thread inside of the run's gate, or on the event loop;
 3. check and encode what it returned, or send each delta as it comes;
 4. answer; then act on an error that concerns the whole process: a SystemExit, a poisoned CUDA context.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -19,12 +19,14 @@ from executor.blobs import Blobs
 from executor.cuda_faults import is_poisoned
 from executor.run import ActiveRun
 from executor.sockets import ActiveSession
+from gen_worker.assets import assets_in, holds_assets
 from gen_worker.context import ActionContext, RunHost
 from gen_worker.errors import FatalError, RunCanceled, ValidationError, WorkerError
 from gen_worker.payloads import decode_payload, encode_delta, encode_output
 from gen_worker.pipe.messages import Failure, Payload, Run, SocketOpen
 from gen_worker.realtime import RealtimeSocket
 from gen_worker.signature import FunctionSpec
+from gen_worker.types import Asset
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +86,14 @@ class Runner:
 
     def _run_claimed(self, run: ActiveRun) -> None:
         try:
+            assets = self._decode(run)
+            if assets:
+                run.wait_unclaimed(assets)
+                return
+            if run.inputs is not None:
+                run.inputs.apply()
             context, arguments = self._prepare(run)
-        except Exception as error:  # noqa: BLE001  # every error of a run is its answer
+        except (Exception, RunCanceled) as error:  # noqa: BLE001  # every error of a run is its answer
             self._failed(run, error)
             return
         call: Callable[..., Any] = run.spec.func
@@ -121,6 +129,8 @@ class Runner:
     async def _run_claimed_on_loop(self, run: ActiveRun) -> None:
         value = None
         try:
+            if assets := self._decode(run):
+                await _fetch(run, assets)
             context, arguments = self._prepare(run)
             if run.spec.incremental:
                 await self._stream_async(run, context, arguments)
@@ -174,14 +184,23 @@ class Runner:
 
     # -- around all ---------------------------------------------------------------------------
 
-    def _prepare(self, run: ActiveRun) -> tuple[ActionContext, dict[str, Any]]:
+    def _decode(self, run: ActiveRun) -> list[tuple[str, Asset]]:
+        """Decode the payload, the first time; the Assets in it, after their places."""
         message, spec = run.message, run.spec
         if spec.payload_type is None:
             self._blobs.discard(message.payload)
             raise FatalError(f"{spec.name} is a websocket handler: it is opened as a session, not run as a task")
-        payload = self._blobs.decode(message.payload, functools.partial(decode_payload, spec), spec.payload_type)
+        if run.decoded is not None:
+            return []
+        decode = functools.partial(decode_payload, spec)
+        run.decoded = self._blobs.decode(message.payload, decode, spec.payload_type)
+        return list(assets_in(run.decoded)) if holds_assets(spec.payload_type) else []
+
+    def _prepare(self, run: ActiveRun) -> tuple[ActionContext, dict[str, Any]]:
+        message, spec = run.message, run.spec
         models = self._inject(spec, message.models, f"run {message.run_id}")
-        arguments: dict[str, Any] = {spec.payload_param: payload, **models}
+        arguments: dict[str, Any] = {spec.payload_param: run.decoded, **models}
+        run.decoded = None  # the function's alone from here on
         context = self._context(message, message.run_id, run)
         run.attach(context)
         return context, arguments
@@ -253,3 +272,18 @@ class Runner:
             self._end.poisoned(run.spec.qualified_name, run.fail(poisoned, poisoned=True))
         else:
             run.fail(error)
+
+
+async def _fetch(run: ActiveRun, assets: Sequence[tuple[str, Asset]]) -> None:
+    """Have the inputs of a run of an async function fetched; a cancel of its task ends the wait."""
+    loop = asyncio.get_running_loop()
+    replied = loop.create_future()
+    inputs = run.files.inputs(assets, lambda: loop.call_soon_threadsafe(_resolve, replied))
+    inputs.ask()
+    await replied
+    inputs.apply()
+
+
+def _resolve(replied: asyncio.Future[None]) -> None:
+    if not replied.done():
+        replied.set_result(None)

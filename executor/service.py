@@ -15,6 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from executor.blobs import Blobs
+from executor.files import StoreSettings
 from executor.models import ModelStore
 from executor.pool import ThreadPool
 from executor.run import ActiveRun
@@ -27,6 +28,7 @@ from gen_worker.pipe.messages import (
     Cancel,
     Credit,
     Downward,
+    FileReply,
     Free,
     LoadModel,
     Result,
@@ -61,6 +63,7 @@ class Service:
         cancel_grace_s: float,
         loop: asyncio.AbstractEventLoop,
         loop_thread: int,
+        store: StoreSettings,
         on_shutdown: Callable[[], None],
     ) -> None:
         self._specs = specs
@@ -71,6 +74,7 @@ class Service:
         self._pool = ThreadPool(threads, runner.run_in_thread)
         self._loop = loop
         self._loop_thread = loop_thread
+        self._store = store
         self._strike_after_s = cancel_grace_s * STRIKE_AFTER
         self._striker = Striker()
         self._sockets = Sockets(
@@ -94,6 +98,7 @@ class Service:
             SocketFrame: self._sockets.frame,
             SocketClose: self._sockets.close,
             SocketCredit: self._sockets.credit,
+            FileReply: self._file_reply,
             LoadModel: models.load,
             UnloadModel: models.unload,
             Free: lambda message: blobs.freed(message.offset),
@@ -125,7 +130,15 @@ class Service:
             error = FatalError(f"this executor has no function {message.function!r}")
             self._send(Result(message.key, b"", failure_of(error)))
             return
-        run = ActiveRun(message, spec, send=self._send, forget=self._runs.pop, loop_thread=self._loop_thread)
+        run = ActiveRun(
+            message,
+            spec,
+            send=self._send,
+            forget=self._runs.pop,
+            loop_thread=self._loop_thread,
+            store=self._store,
+            resume=lambda run: self._pool.submit([run]),
+        )
         self._runs[message.key] = run
         (self._for_loop if spec.mode.startswith("async") else self._for_threads).append(run)
 
@@ -149,13 +162,14 @@ class Service:
             return
         run.cancel(message.cause)
         if run.claim():
-            self._blobs.discard(run.message.payload)
+            if run.inputs is None:  # else the payload was decoded
+                self._blobs.discard(run.message.payload)
             run.fail(RunCanceled("it had not started"))
         elif run.spec.mode.startswith("async"):
             self._cancel_task(run)
             self._striker.watch(partial(self._cancel_task, run), self._strike_after_s)
         else:
-            self._striker.watch(run.gate.strike, self._strike_after_s)
+            self._striker.watch(partial(self._strike, run), self._strike_after_s)
 
     def _cancel_task(self, run: ActiveRun) -> bool:
         """Cancel a task from another thread; False when the run has ended."""
@@ -163,6 +177,15 @@ class Service:
             return False
         self._loop.call_soon_threadsafe(_cancel_if_there, run)
         return True
+
+    def _strike(self, run: ActiveRun) -> bool:
+        """Interrupt a sync function; False when the run has ended, maybe before its function was called."""
+        return run.message.key in self._runs and run.gate.strike()
+
+    def _file_reply(self, message: FileReply) -> None:
+        run = self._runs.get(message.key)
+        if run is not None:
+            run.files.replied(message)
 
     def _credit(self, message: Credit) -> None:
         run = self._runs.get(message.key)

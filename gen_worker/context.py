@@ -213,7 +213,8 @@ class ActionContext:
     def _store_file(self, ref: str, path: str | os.PathLike[str], *, create: bool) -> Asset:
         source = Path(path)
         if not source.is_file():
-            raise FileNotFoundError(f"can't save {ref!r}: there is no file {source}")
+            other = ", only something of that name that is no regular file" if source.exists() else ""
+            raise FileNotFoundError(f"can't save {ref!r}: there is no file {source}{other}")
         return self._host.store(output_ref(self._run_id, ref), source, create=create)
 
 

@@ -6,7 +6,6 @@ Owns: nothing. The worker sets `local_path` of every Asset in a payload before t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,18 +47,3 @@ class Asset(msgspec.Struct):
             if max_bytes is not None and size > max_bytes:
                 raise ValidationError(f"asset {self.ref!r} has {size} bytes, at most {max_bytes} are allowed")
             return file.read()
-
-
-def assets_in(value: object) -> Iterator[Asset]:
-    """Every Asset inside a decoded payload: in structs, lists, tuples, sets and the values of mappings."""
-    if isinstance(value, Asset):
-        yield value
-    elif isinstance(value, msgspec.Struct):
-        for name in value.__struct_fields__:
-            yield from assets_in(getattr(value, name))
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from assets_in(item)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
-            yield from assets_in(item)

@@ -32,6 +32,7 @@ from gen_worker.pipe.messages import (
     CancelCause,
     Event,
     Failure,
+    FetchFile,
     FunctionInfo,
     ModelLoaded,
     ModelUnloaded,
@@ -39,6 +40,7 @@ from gen_worker.pipe.messages import (
     SocketClose,
     SocketCredit,
     SocketFrame,
+    StoreFile,
 )
 from supervisor import runs
 from supervisor.backlog import Backlog
@@ -51,6 +53,7 @@ from supervisor.observer import Observer
 from supervisor.outbox import Keeper, Outbox
 from supervisor.quarantine import STRIKES, Quarantine, fingerprint
 from supervisor.residency import ModelKey, ModelRefused, Models, Residency
+from supervisor.run_files import RunFiles, Store, Transfers
 from supervisor.runs import Run, RunState
 from supervisor.socket_session import SocketSession
 from supervisor.sockets import SocketLimits, Sockets
@@ -82,6 +85,15 @@ class Limits:
     max_ws_frame_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class FileService:
+    """Who moves the files of runs, and this worker's own stores (run_files.py)."""
+
+    transfers: Transfers
+    stores: tuple[Store, ...] = ()
+    reserved: frozenset[str] = frozenset()
+
+
 class Dispatcher:
     """See the module. `executors` gives the live handles; `changed` is called when the registration may differ."""
 
@@ -92,6 +104,7 @@ class Dispatcher:
         residency: Residency,
         executors: Callable[[], Sequence[ExecutorHandle]],
         changed: Callable[[], None],
+        files: FileService,
         keeper: Keeper | None = None,
         observer: Observer | None = None,
     ) -> None:
@@ -118,6 +131,7 @@ class Dispatcher:
             start=self._start,
             held=lambda: self.backlog.holds_runs,
         )
+        self.files = RunFiles(files.transfers, files.stores, self.lanes.go_on, files.reserved)
         self.commands = ModelCommands(
             residency=residency,
             outbox=self.outbox,
@@ -168,6 +182,7 @@ class Dispatcher:
         self._by_key[run.key] = run
         if run.timeout_ms:
             run.timer = self._loop.call_later(run.timeout_ms / 1000, self._cancel, run, "timeout")
+        run.file_base_url, run.file_token = request.file_base_url, request.file_token
         run.fingerprint = request_print
         run.alone = self._quarantine.is_suspect(request_print)
         self.backlog.run_waits(len(run.payload))
@@ -220,6 +235,15 @@ class Dispatcher:
             self.outbox.put_event(run.key, message, weight)
         elif not run.told:
             self.outbox.put_event(run.key, message, weight, transient=True)
+
+    def run_file(self, handle: ExecutorHandle, request: FetchFile | StoreFile) -> None:
+        run = self._run_of(handle, request.key)
+        if run is not None and run.state is RunState.RUNNING:
+            if isinstance(request, StoreFile):
+                self.files.store(run, handle, request)
+            else:
+                self.files.fetch(run, handle, request)
+                self.lanes.pump()  # its place is free
 
     def run_result(self, handle: ExecutorHandle, result: Result, output: bytes | HeldOutput) -> None:
         run = self._run_of(handle, result.key)
@@ -396,6 +420,7 @@ class Dispatcher:
             self._finish(run, run.failure_of_cancel("it had not started"))
         elif run.begin_cancel(cause) and run.handle is not None:
             run.handle.send_cancel(run.key, cause)
+            self.files.cancel(run)
             if run.timer is not None:
                 run.timer.cancel()
             run.timer = self._loop.call_later(self._limits.cancel_grace_s, self._grace_over, run)
@@ -460,6 +485,7 @@ class Dispatcher:
             )  # fmt: skip
         del self._active[run.run_id], self._by_key[run.key]
         self.lanes.remove(run)
+        self.files.end(run)
         if run.handle is not None:
             run.handle.release(run)
         self._less.set()

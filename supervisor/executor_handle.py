@@ -26,6 +26,8 @@ from gen_worker.pipe.messages import (
     Downward,
     Event,
     Fatal,
+    FetchFile,
+    FileReply,
     Free,
     FunctionInfo,
     Init,
@@ -40,6 +42,7 @@ from gen_worker.pipe.messages import (
     SocketCredit,
     SocketFrame,
     SocketOpen,
+    StoreFile,
     UnloadModel,
     Upward,
     decode_upward,
@@ -61,6 +64,8 @@ LEAVE_S: Final = 5.0
 """An executor that said that it leaves (Fatal) has this long; a driver in disorder can hold a process up."""
 LOOP_RUNS: Final = 8192
 """Runs of async functions at once, far more than one event loop serves well; the rest waits in the supervisor."""
+PAUSED_RUNS: Final = 64
+"""Runs that wait for their inputs; their payloads lie in the executor. With so many it takes no more."""
 OUTPUT_CAP_BYTES: Final = TRANSPORT_LIMIT_BYTES - 1024 * 1024
 """No stream takes a larger result, so one that was let through would break every stream it is sent on."""
 
@@ -84,6 +89,7 @@ class HandleEvents(Protocol):
     def executor_draining(self, handle: ExecutorHandle) -> None: ...
     def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None: ...
     def run_event(self, handle: ExecutorHandle, event: Event) -> None: ...
+    def run_file(self, handle: ExecutorHandle, request: FetchFile | StoreFile) -> None: ...
     def run_result(self, handle: ExecutorHandle, result: Result, output: bytes | HeldOutput) -> None: ...
     def socket_frame(self, handle: ExecutorHandle, frame: SocketFrame, data: bytes) -> None: ...
     def socket_close(self, handle: ExecutorHandle, close: SocketClose) -> None: ...
@@ -113,6 +119,8 @@ class ExecutorHandle:
         self._threads = threads
         self._thread_runs = 0
         self._sessions = 0
+        self._paused: set[int] = set()
+        """Keys of runs that take no place: they wait for their inputs."""
         self._leaving: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -173,14 +181,30 @@ class ExecutorHandle:
 
     def can_take(self, function: str, limit: int) -> bool:
         """Whether it has room for one more run of a function that may run `limit` times at once (0: any number)."""
-        if self.state is not HandleState.READY or not self._child.writable:
+        if self.state is not HandleState.READY or not self._child.writable or len(self._paused) >= PAUSED_RUNS:
             return False
+        return self.has_place(function, limit)
+
+    def has_place(self, function: str, limit: int) -> bool:
+        """Whether one more run of the function may run now."""
         info = self.functions.get(function)
         if info is None or (limit and self._running[function] >= limit):
             return False
         if _takes_thread(info):
             return self._thread_runs < self._threads
-        return len(self.runs) - self._thread_runs < LOOP_RUNS
+        return len(self.runs) - len(self._paused) - self._thread_runs < LOOP_RUNS
+
+    def pause(self, run: Run) -> None:
+        """The run waits for its inputs and takes no place meanwhile."""
+        if run.key in self.runs and run.key not in self._paused:
+            self._paused.add(run.key)
+            self._count(run, -1)
+
+    def resume(self, run: Run) -> None:
+        """Its inputs are there: it takes its place again."""
+        if run.key in self._paused:
+            self._paused.remove(run.key)
+            self._count(run, 1)
 
     def send_run(self, run: Run, payload: bytes, deadline: float, window: int) -> None:
         """Give it a run.
@@ -216,15 +240,16 @@ class ExecutorHandle:
     def _took(self, run: Run) -> None:
         self.runs[run.key] = run
         self._idle.clear()
-        self._running[run.function] += 1
         self._count(run, 1)
 
     def release(self, run: Run) -> None:
         """The run has ended: its place is free."""
         if self.runs.pop(run.key, None) is None:
             return
-        self._running[run.function] -= 1
-        self._count(run, -1)
+        if run.key in self._paused:
+            self._paused.remove(run.key)
+        else:
+            self._count(run, -1)
         if not self.runs:
             self._idle.set()
 
@@ -237,11 +262,6 @@ class ExecutorHandle:
         except TimeoutError:
             return False
         return True
-
-    def _count(self, run: Run, change: int) -> None:
-        info = self.functions[run.function]
-        self._thread_runs += change * _takes_thread(info)
-        self._sessions += change * (info.mode == "websocket")
 
     def send_cancel(self, key: int, cause: CancelCause) -> None:
         self._send(Cancel(key, cause))
@@ -260,6 +280,9 @@ class ExecutorHandle:
     def send_socket_credit(self, key: int, size: int) -> None:
         self._send(SocketCredit(key, size))
 
+    def send_files(self, reply: FileReply) -> None:
+        self._send(reply)
+
     def send_load(self, message: LoadModel) -> None:
         self._send(message)
 
@@ -271,6 +294,12 @@ class ExecutorHandle:
         return list(self._child.last_lines)
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _count(self, run: Run, places: int) -> None:
+        info = self.functions[run.function]
+        self._running[run.function] += places
+        self._thread_runs += places * _takes_thread(info)
+        self._sessions += places * (info.mode == "websocket")
 
     def _send(self, message: Downward) -> None:
         if self.state is not HandleState.DEAD:
@@ -310,6 +339,8 @@ class ExecutorHandle:
                 self._result(message)
             case Free():
                 self._child.arena_down.free(message.offset)
+            case FetchFile() | StoreFile():
+                self._events.run_file(self, message)
             case Ready():
                 self._ready(message)
             case ModelLoaded():

@@ -5,7 +5,9 @@ Owns: the runs that wait, and the executors reserved for a run that must be alon
 1. A run waits in the lane of its function and models. Within a lane runs keep their order; lanes pass each other.
 2. `pump` gives the heads of the lanes to executors: one that has the models hot, else one that has room, the least
    loaded first. When nobody holds the models, one executor is told to load them, and the lane waits.
-3. A suspect (quarantine.py) runs alone: an executor is reserved for it, and takes nothing else until it has ended. Only
+3. A run whose executor has its inputs at last (it took no place while it waited) goes on before new runs, as soon as
+   there is a place for it.
+4. A suspect (quarantine.py) runs alone: an executor is reserved for it, and takes nothing else until it has ended. Only
    realtime sessions may be beside it: they get no strikes, and waiting for them could block the executor for hours.
 """
 
@@ -53,6 +55,8 @@ class Lanes:
         self._held = held
         self._lanes: dict[tuple[str, Models], _Lane] = {}
         self._reserved: dict[ExecutorHandle, int] = {}
+        self._returning: OrderedDict[int, tuple[Run, Callable[[], None]]] = OrderedDict()
+        """By key: runs that wait for a place on their executor, in order."""
 
     def limit_of(self, info: FunctionInfo) -> int:
         """How often the function may run at once on one executor; 0: as often as it comes."""
@@ -83,8 +87,14 @@ class Lanes:
         """The runs of a function that wait, whatever their models are."""
         return [run for (name, _), lane in self._lanes.items() if name == function for run in lane.waiting.values()]
 
+    def go_on(self, run: Run, start: Callable[[], None]) -> None:
+        """Call `start` when the executor that has this paused run has a place for it, which it then takes."""
+        self._returning[run.key] = run, start
+        self.pump()
+
     def remove(self, run: Run) -> None:
         """The run has ended, waiting or not."""
+        self._returning.pop(run.key, None)
         if run.handle is None:
             lane = self._lanes.get((run.function, run.models))
             if lane is not None:
@@ -98,6 +108,12 @@ class Lanes:
 
     def pump(self) -> None:
         """Give waiting runs to executors until none can take one."""
+        for run, start in list(self._returning.values()):
+            handle = run.handle
+            if handle is not None and handle.has_place(run.function, self.limit_of(handle.functions[run.function])):
+                del self._returning[run.key]
+                handle.resume(run)
+                start()
         lanes = [lane for lane in self._lanes.values() if lane.waiting]
         lanes.sort(key=lambda lane: next(iter(lane.waiting)))
         for lane in lanes:

@@ -259,6 +259,7 @@ class _SlotEvents:
         self.executor_writable = events.executor_writable
         self.executor_draining = events.executor_draining
         self.run_event = events.run_event
+        self.run_file = events.run_file
         self.run_result = events.run_result
         self.socket_frame = events.socket_frame
         self.socket_close = events.socket_close

@@ -43,8 +43,9 @@ class Run:
     """A run that was accepted. `key` names it on the pipe, `run_id` towards the scheduler."""
 
     __slots__ = (
-        "alone", "arrived", "cause", "fingerprint", "function", "handle", "key", "model_wait_from", "models", "payload",
-        "progress", "run_id", "started", "state", "stream_ended", "tenant_id", "timeout_ms", "timer", "user_id",
+        "alone", "arrived", "cause", "file_base_url", "file_token", "fingerprint", "function", "handle", "key",
+        "model_wait_from", "models", "payload", "progress", "run_id", "started", "state", "stream_ended", "tenant_id",
+        "timeout_ms", "timer", "user_id",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0913, PLR0917  (the request's fields, filled in at one place)
@@ -72,6 +73,9 @@ class Run:
         self.model_wait_from = 0.0
         """When it was found that a model is missing, on the same clock; 0: none was."""
         self.started = 0.0
+        self.file_base_url = ""
+        self.file_token = ""
+        """The run's own, for its files; both empty when the request gave none."""
         self.state = RunState.QUEUED
         self.handle: ExecutorHandle | None = None
         self.cause: CancelCause | None = None

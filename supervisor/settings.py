@@ -355,9 +355,7 @@ class Settings:
 
 NOT_USED_YET: Final = frozenset(
     {
-        "WORKER_WARM_SPARE", "WORKER_HOST_CACHE_GB", "WORKER_MAX_VRAM_GB", "WORKER_VRAM_SAFETY_MARGIN_GB",
-        "WORKER_CACHE_DIR", "WORKER_MAX_UPLOAD_BYTES", "WORKER_MAX_INPUT_FILE_BYTES", "FILE_API_BASE_URL",
-        "FILE_API_TOKEN", "TENANT_ID",
+        "WORKER_WARM_SPARE", "WORKER_HOST_CACHE_GB", "WORKER_MAX_VRAM_GB", "WORKER_VRAM_SAFETY_MARGIN_GB", "TENANT_ID",
     }
 )  # fmt: skip
 """Variables that are read and checked, and have no effect in this version; help and documentation say so."""

@@ -6,6 +6,9 @@ Owns: nothing; the one place that knows which variable goes where.
 from __future__ import annotations
 
 import logging
+import os
+import secrets
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -14,10 +17,12 @@ from urllib.parse import unquote
 from supervisor.auth import AuthSettings
 from supervisor.backoff import ReconnectSettings
 from supervisor.devices import Device
-from supervisor.dispatcher import Limits
+from supervisor.dispatcher import FileService, Limits
+from supervisor.executor_place import ExecutorPlace
+from supervisor.run_files import Store, Transfers
 from supervisor.session import SessionSettings
 from supervisor.settings import Settings
-from supervisor.transfers.messages import HuggingFaceOptions, TransferSettings
+from supervisor.transfers.messages import FileSettings, HuggingFaceOptions, TransferSettings
 from supervisor.transport import TlsFiles, Transport
 
 if TYPE_CHECKING:
@@ -110,8 +115,34 @@ def limits(settings: Settings) -> Limits:
     )
 
 
-def transfer_settings(settings: Settings, devices: Sequence[Device]) -> TransferSettings:
-    """The least capable GPU speaks for all: any of them may get the model."""
+def file_settings(settings: Settings, place: ExecutorPlace) -> FileSettings:
+    """With a name for the socket that nobody can have taken."""
+    return FileSettings(
+        cache_dir=str(settings.cache_dir.absolute()),
+        run_dir=str(settings.run_dir.absolute()),
+        max_input_bytes=settings.max_input_file_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+        socket=f"gen-worker-files-{secrets.token_hex(16)}",
+        executor_uid=os.geteuid() if place.user is None else place.user.uid,
+        started=time.time(),
+    )
+
+
+def file_service(settings: Settings, transfers: Transfers) -> FileService:
+    """Who moves the files of runs; the hub is the last resort of what names no store."""
+    stores = (
+        Store(settings.file_api_base_url, settings.file_api_token),
+        Store(settings.cozy_hub_url, settings.cozy_hub_token),
+    )
+    others = (settings.cache_dir, settings.model_cache_dir, settings.outbox_dir)
+    inside = (path.relative_to(settings.run_dir) for path in others if path and path.is_relative_to(settings.run_dir))
+    return FileService(transfers, stores, frozenset(path.parts[0] for path in inside if path.parts))
+
+
+def transfer_settings(
+    settings: Settings, devices: Sequence[Device], files: FileSettings | None = None
+) -> TransferSettings:
+    """The least capable GPU speaks for all: any of them may get the model. Without `files` it serves no runs."""
     return TransferSettings(
         model_cache_dir=str(settings.model_cache_dir),
         model_cache_max_bytes=int(settings.model_cache_max_gb * 2**30),
@@ -128,6 +159,7 @@ def transfer_settings(settings: Settings, devices: Sequence[Device]) -> Transfer
             full_repo=settings.cozy_hf_full_repo_download,
         ),
         gpu_sm=min((int(device.sm) for device in devices if device.sm.isdigit()), default=0),
+        files=files or FileSettings(),
     )
 
 

@@ -38,6 +38,8 @@ from supervisor.transfer_process import TransferProcess
 from supervisor.transport import StatusCode
 from supervisor.wiring import (
     auth_settings,
+    file_service,
+    file_settings,
     limits,
     open_monitoring,
     open_tracing,
@@ -55,6 +57,8 @@ log = logging.getLogger(__name__)
 
 FLUSH_S: Final = 10.0
 """How long the last results may take to go out once nothing runs any more."""
+REMOVE_S: Final = 2.0
+"""How long the inputs of the last runs may take to be removed."""
 LEAVE_S: Final = 2.0
 """How long executors may take to leave when asked."""
 
@@ -76,6 +80,7 @@ class Worker:
         self._tracing = open_tracing(settings, logs.add_secrets)
         observer = Observers(self._monitoring.telemetry if self._monitoring else None, self._tracing)
         self._environ = place.inherited(child_environment(environ, settings))
+        self._files = file_settings(settings, place)
         self._run_dir = str(place.run_dir)
         self._oom = OomWatch(find_counter())
         self._project_root = str(Path.cwd())
@@ -91,7 +96,7 @@ class Worker:
             held=self._residency.bytes_on,
         )
         self._transfers = TransferProcess(
-            transfer_settings(settings, self._probe.devices),
+            transfer_settings(settings, self._probe.devices, self._files),
             child_environment(environ, settings),
         )
         self._model_files = HostModels(
@@ -107,6 +112,7 @@ class Worker:
             residency=self._residency,
             executors=lambda: self._pool.ready,
             changed=self._announce,
+            files=file_service(settings, self._transfers),
             keeper=self._store,
             observer=observer,
         )
@@ -233,6 +239,7 @@ class Worker:
         grace_s = 0 if self._forced.is_set() else LEAVE_S
         leaving = asyncio.ensure_future(self._pool.stop("the worker shuts down", grace_s))
         await self._model_files.stop()
+        await self._dispatcher.files.wait_removed(REMOVE_S)
         await self._transfers.stop()
         await leaving
 
@@ -304,6 +311,8 @@ class Worker:
             max_delta_bytes=settings.max_output_delta_bytes,
             max_delta_events=settings.max_output_delta_events,
             runtime_loaders=dict(settings.runtime_loaders),
+            file_socket=self._files.socket,
+            max_upload_bytes=settings.max_upload_bytes,
         )
 
     def _executor_environment(self, device: Device) -> Mapping[str, str]:

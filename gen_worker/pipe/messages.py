@@ -13,6 +13,7 @@ one run can't be taken for another that reuses its `run_id`.
     SocketFrame, SocketClose            SocketFrame, SocketClose
     SocketCredit                        SocketCredit
     LoadModel, UnloadModel              ModelLoaded, ModelUnloaded
+    FileReply                           FetchFile, StoreFile
     Free        a blob was read         Free
     Shutdown                            Fatal       why it is about to leave
 """
@@ -106,6 +107,10 @@ class Init(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """0: no limit, as for the two around it."""
     max_delta_events: int
     runtime_loaders: dict[str, str]
+    file_socket: str = ""
+    """The abstract Unix socket that takes open files to be stored; empty: nothing can be stored."""
+    max_upload_bytes: int = 0
+    """Of one saved file; 0: no limit."""
 
 
 class Run(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -156,6 +161,27 @@ class Free(msgspec.Struct, frozen=True, array_like=True, tag=8):
     """Both ways: the blob at `offset` of the receiver's arena was read and may be reused."""
 
     offset: int
+
+
+class LocalFile(msgspec.Struct, frozen=True, array_like=True):
+    """A file of a run: an input that was fetched, or an output that was stored (its path is empty)."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+    mime_type: str
+
+
+class FileReply(msgspec.Struct, frozen=True, array_like=True, tag=13):
+    """What became of the FetchFile or StoreFile with this number."""
+
+    key: int
+    number: int
+    files: tuple[LocalFile, ...] = ()
+    """In the order of the request; empty after a failure."""
+    failure: Failure | None = None
+    failed: int = 0
+    """Index of the file that `failure` is about."""
 
 
 # -- realtime sessions ----------------------------------------------------------------------------
@@ -256,11 +282,34 @@ class Fatal(msgspec.Struct, frozen=True, array_like=True, tag=25):
     detail: str = ""
 
 
+class FetchFile(msgspec.Struct, frozen=True, array_like=True, tag=26):
+    """A run needs these inputs before its function can be called; until the reply it uses no thread."""
+
+    key: int
+    number: int
+    """Names the request within its run."""
+    refs: tuple[str, ...]
+
+
+class StoreFile(msgspec.Struct, frozen=True, array_like=True, tag=27):
+    """A run stores a file; the file itself goes to Init.file_socket, with the ticket."""
+
+    key: int
+    number: int
+    ref: str
+    """Whole."""
+    create: bool
+    ticket: bytes
+
+
 Downward = (
-    Init | Run | Cancel | Credit | LoadModel | UnloadModel | Shutdown | Free
+    Init | Run | Cancel | Credit | LoadModel | UnloadModel | Shutdown | Free | FileReply
     | SocketOpen | SocketFrame | SocketClose | SocketCredit
 )  # fmt: skip
-Upward = Ready | Event | Result | ModelLoaded | ModelUnloaded | Fatal | Free | SocketFrame | SocketClose | SocketCredit
+Upward = (
+    Ready | Event | Result | ModelLoaded | ModelUnloaded | Fatal | Free | FetchFile | StoreFile
+    | SocketFrame | SocketClose | SocketCredit
+)  # fmt: skip
 
 encode = msgspec.msgpack.Encoder().encode
 decode_downward = msgspec.msgpack.Decoder(Downward).decode

@@ -2,11 +2,11 @@
 
 Owns: a RunHost and a SocketHost in memory. The signature checks, the payload decoding, the context and the mapping of
 failures are those of the executor; what is not here is what needs processes: a deadline shows in the context but
-kills nothing, models are what the caller passes, and Assets of the payload are not downloaded.
+kills nothing, and models and the files of the payload's Assets are what the caller passes.
 
-1. inspect the function and decode the payload; 2. call it, or drive its generator, checking each delta; 3. keep what it
-emitted and saved; 4. map what it raised to a Failure. SignatureError and wrong `models` are raised: they are the
-test's or the function's mistake, and no request can cause them.
+1. inspect the function, decode the payload and lay its files down in a directory; 2. call it, or drive its generator,
+checking each delta; 3. keep what it emitted and saved; 4. map what it raised to a Failure. SignatureError and wrong
+`models` are raised: they are the test's or the function's mistake, and no request can cause them.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
-import mimetypes
+import os
+import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import force_setattr
 
+from gen_worker.assets import assets_in
 from gen_worker.context import ActionContext
 from gen_worker.errors import RunCanceled, ValidationError, WorkerError
 from gen_worker.failures import failure_of
+from gen_worker.mime_types import HEAD_BYTES, mime_type_of
 from gen_worker.payloads import convert_payload, decode_payload, encode_delta, encode_output
 from gen_worker.pipe.messages import Failure
 from gen_worker.realtime import Frame, RealtimeSocket
@@ -80,6 +85,8 @@ class SocketOutcome(Outcome):
     """Whether the handler closed the socket."""
 
 
+InputFiles = Mapping[str, bytes | str | os.PathLike[str]]
+"""By ref: the bytes of an input file, or its path."""
 OnEvent = Callable[[ActionContext, RecordedEvent], None]
 """Called for each event and each delta (as `output.delta`), so that a test can cancel in the middle."""
 
@@ -98,10 +105,11 @@ class MemoryHost:
 
     def store(self, ref: str, source: bytes | Path, *, create: bool) -> Asset:
         if create and ref in self.outcome.files:
-            raise ValidationError(f"{ref!r} exists already")
+            name = ref.partition("/outputs/")[2]
+            raise ValidationError(f"output {name!r}: it exists already")
         data = source.read_bytes() if isinstance(source, Path) else source
         self.outcome.files[ref] = data
-        mime_type = mimetypes.guess_type(ref)[0]
+        mime_type = mime_type_of(data[:HEAD_BYTES], ref)
         return Asset(ref, mime_type=mime_type, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
@@ -131,6 +139,7 @@ class _Call:
     outcome: Outcome
     arguments: dict[str, Any]
     on_event: OnEvent | None
+    files: InputFiles = field(default_factory=dict)
 
     def start(self) -> Any:
         return self.spec.func(self.context, **self.arguments)
@@ -158,6 +167,7 @@ def run_function(  # noqa: PLR0913  # keyword-only, each with a default
     payload: msgspec.Struct | Mapping[str, Any],
     *,
     models: Mapping[str, object] | None = None,
+    files: InputFiles | None = None,
     run_id: str = "test-run",
     tenant_id: str = "",
     user_id: str = "",
@@ -167,13 +177,13 @@ def run_function(  # noqa: PLR0913  # keyword-only, each with a default
 ) -> Outcome:
     """Run a worker function of any kind to its end.
 
-    `payload` is the struct or a plain mapping, `models` the injected values by parameter. Raises SignatureError for a
-    function that breaks the rules, TypeError for `models` that do not fit it, and RuntimeError for an async function
-    inside a running event loop: use run_function_async there.
+    `payload` is the struct or a plain mapping, `models` the injected values by parameter, `files` what the payload's
+    Assets are, by ref. Raises SignatureError for a function that breaks the rules, TypeError for `models` that do not
+    fit it, and RuntimeError for an async function inside a running event loop: use run_function_async there.
     """
     spec = inspect_as(func, is_websocket=False)
     who = {"run_id": run_id, "tenant_id": tenant_id, "user_id": user_id}
-    call = _prepare(spec, models, on_event, timeout_ms=timeout_ms, device=device, **who)
+    call = _prepare(spec, models, files, on_event, timeout_ms=timeout_ms, device=device, **who)
     if spec.mode in {"async", "async_generator"}:
         _check_no_loop(spec)
         return asyncio.run(_run_async(call, payload))
@@ -185,6 +195,7 @@ async def run_function_async(  # noqa: PLR0913  # as above
     payload: msgspec.Struct | Mapping[str, Any],
     *,
     models: Mapping[str, object] | None = None,
+    files: InputFiles | None = None,
     run_id: str = "test-run",
     tenant_id: str = "",
     user_id: str = "",
@@ -195,7 +206,7 @@ async def run_function_async(  # noqa: PLR0913  # as above
     """As run_function, on the running event loop; sync functions run in a thread, as in an executor."""
     spec = inspect_as(func, is_websocket=False)
     who = {"run_id": run_id, "tenant_id": tenant_id, "user_id": user_id}
-    call = _prepare(spec, models, on_event, timeout_ms=timeout_ms, device=device, **who)
+    call = _prepare(spec, models, files, on_event, timeout_ms=timeout_ms, device=device, **who)
     if spec.mode in {"async", "async_generator"}:
         return await _run_async(call, payload)
     return await asyncio.to_thread(_run_sync, call, payload)
@@ -247,14 +258,15 @@ def _check_no_loop(spec: FunctionSpec) -> None:
 
 
 def _prepare(
-    spec: FunctionSpec, models: Mapping[str, object] | None, on_event: OnEvent | None, **context_arguments: Any
-) -> _Call:
+    spec: FunctionSpec, models: Mapping[str, object] | None, files: InputFiles | None, on_event: OnEvent | None,
+    **context_arguments: Any,
+) -> _Call:  # fmt: skip
     outcome = Outcome()
     host = MemoryHost(outcome)
     context = ActionContext(host=host, **context_arguments)
     if on_event is not None:
         host.on_event = lambda event: on_event(context, event)
-    return _Call(spec, context, outcome, check_models(spec, models), on_event)
+    return _Call(spec, context, outcome, check_models(spec, models), on_event, files or {})
 
 
 def check_models(spec: FunctionSpec, models: Mapping[str, object] | None) -> dict[str, object]:
@@ -274,19 +286,41 @@ def _decode(spec: FunctionSpec, payload: msgspec.Struct | Mapping[str, Any]) -> 
     return convert_payload(spec, payload)
 
 
+@contextmanager
+def _inputs(call: _Call, payload: msgspec.Struct | Mapping[str, Any]) -> Iterator[None]:
+    """Make the payload the call's argument, its Assets with files in a directory that is gone after the run."""
+    decoded = _decode(call.spec, payload)
+    call.arguments[call.spec.payload_param] = decoded
+    with tempfile.TemporaryDirectory(prefix="gen-worker-inputs-") as directory:
+        for number, (place, asset) in enumerate(assets_in(decoded)):
+            given = call.files.get(asset.ref, asset.local_path)
+            if given is None:
+                hint = f"the test gives no such file: pass files={{{asset.ref!r}: ...}}"
+                raise ValidationError(f"input {place} ({asset.ref!r}): {hint}")
+            data = given if isinstance(given, bytes) else Path(given).read_bytes()
+            path = Path(directory, f"{number}-{Path(asset.ref).name}")
+            path.write_bytes(data)
+            for name, value in (
+                ("local_path", str(path)), ("size_bytes", len(data)), ("sha256", hashlib.sha256(data).hexdigest()),
+                ("mime_type", mime_type_of(data[:HEAD_BYTES], asset.ref)),
+            ):  # fmt: skip
+                force_setattr(asset, name, value)
+        yield
+
+
 def _run_sync(call: _Call, payload: msgspec.Struct | Mapping[str, Any]) -> Outcome:
     try:
-        call.arguments[call.spec.payload_param] = _decode(call.spec, payload)
-        result = call.start()
-        if not call.spec.incremental:
-            call.returned(result)
-            return call.outcome
-        try:
-            for delta in result:
-                call.yielded(delta)
-        finally:
-            if inspect.isgenerator(result):
-                result.close()
+        with _inputs(call, payload):
+            result = call.start()
+            if not call.spec.incremental:
+                call.returned(result)
+                return call.outcome
+            try:
+                for delta in result:
+                    call.yielded(delta)
+            finally:
+                if inspect.isgenerator(result):
+                    result.close()
     except (Exception, RunCanceled) as error:  # noqa: BLE001  # kept in the outcome
         call.failed(error)
     return call.outcome
@@ -294,17 +328,17 @@ def _run_sync(call: _Call, payload: msgspec.Struct | Mapping[str, Any]) -> Outco
 
 async def _run_async(call: _Call, payload: msgspec.Struct | Mapping[str, Any]) -> Outcome:
     try:
-        call.arguments[call.spec.payload_param] = _decode(call.spec, payload)
-        if not call.spec.incremental:
-            call.returned(await call.start())
-            return call.outcome
-        result = call.start()
-        try:
-            async for delta in result:
-                call.yielded(delta)
-        finally:
-            if inspect.isasyncgen(result):
-                await result.aclose()
+        with _inputs(call, payload):
+            if not call.spec.incremental:
+                call.returned(await call.start())
+                return call.outcome
+            result = call.start()
+            try:
+                async for delta in result:
+                    call.yielded(delta)
+            finally:
+                if inspect.isasyncgen(result):
+                    await result.aclose()
     except (Exception, RunCanceled, asyncio.CancelledError) as error:  # noqa: BLE001  # kept in the outcome
         _reraise_outer_cancel(error)
         call.failed(error)

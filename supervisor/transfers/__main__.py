@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -78,6 +79,7 @@ def run(open_handlers: OpenHandlers) -> None:
     if not die_with_parent(arguments.parent_pid):
         return
     forbid_inspection()
+    os.umask(0o022)  # executors may be another user, and read what is downloaded
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the supervisor, which ends this process
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole URLs, and those of files are credentials

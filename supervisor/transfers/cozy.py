@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Iterable
 from typing import Final
 
 import aiohttp
@@ -27,7 +26,7 @@ from supervisor.transfers.hub import Hub
 from supervisor.transfers.locks import locked, locked_now
 from supervisor.transfers.messages import ModelFiles, TransferSettings
 from supervisor.transfers.meter import Meter
-from supervisor.transfers.part_file import DiskFull
+from supervisor.transfers.part_file import DiskFull, disk_full_errors
 from supervisor.transfers.snapshots import RemoteFile, Snapshot
 from supervisor.transfers.store import Record, Store
 
@@ -133,8 +132,9 @@ class _Fetch:
         log.info("downloading %s: %s in %d files", self._ref.canonical, gb(need), len(blobs))
         try:
             await asyncio.to_thread(self._budget.reserve, snapshot.digest, need, frozenset(blobs))
-            await self._all(blobs.values(), missing)
-            record = await asyncio.to_thread(store.publish, self._ref.canonical, snapshot)
+            with disk_full_errors(store.root):
+                await self._all(missing)
+                record = await asyncio.to_thread(store.publish, self._ref.canonical, snapshot)
         except DiskFull:
             await asyncio.to_thread(self._clean_up, list(blobs))
             raise
@@ -144,13 +144,15 @@ class _Fetch:
         log.info("%s is on disk: %s", self._ref.canonical, gb(snapshot.size_bytes))
         return record
 
-    async def _all(self, blobs: Iterable[RemoteFile], missing: list[RemoteFile]) -> None:
+    async def _all(self, missing: list[RemoteFile]) -> None:
         """Raises what the first download that fails raises; the others are canceled."""
+        places: dict[str, list[RemoteFile]] = {}
+        for file in missing:
+            places.setdefault(file.blake3, []).append(file)
         try:
             async with asyncio.TaskGroup() as group:
-                for file in blobs:
-                    places = [each for each in missing if each.blake3 == file.blake3]
-                    group.create_task(self._one(file, places))
+                for same in places.values():
+                    group.create_task(self._one(same[0], same))
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
 

@@ -32,6 +32,7 @@ def open_session(timeout_s: float) -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=min(CONNECT_S, timeout_s), sock_read=timeout_s),
         connector=aiohttp.TCPConnector(limit=0),
         headers={"User-Agent": f"gen-worker/{__version__}", "Accept-Encoding": "identity"},
+        cookie_jar=aiohttp.DummyCookieJar(),
         read_bufsize=READ_BUFFER_BYTES,
         auto_decompress=False,
         trust_env=True,  # proxies
@@ -43,7 +44,9 @@ def connection_errors(what: str) -> Iterator[None]:
     """Raises Transient for a connection that breaks, FatalError for one that can't be."""
     try:
         yield
-    except (aiohttp.InvalidURL, aiohttp.ClientConnectorCertificateError, aiohttp.NonHttpUrlClientError) as error:
+    except aiohttp.InvalidURL:
+        raise FatalError(f"{what}: its URL can't be used") from None  # and may hold a credential
+    except aiohttp.ClientConnectorCertificateError as error:
         raise FatalError(f"{what}: {error}") from error
     except TimeoutError as error:
         raise Transient(f"{what}: no answer in time") from error

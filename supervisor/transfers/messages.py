@@ -20,7 +20,7 @@ from typing import ClassVar, Final, TypeVar
 
 import msgspec
 
-from gen_worker.pipe.messages import Failure
+from gen_worker.pipe.messages import Failure, LocalFile
 
 TRANSFER_PROTOCOL: Final = 1
 """Raised when a change breaks the other end; compared at start."""
@@ -46,6 +46,21 @@ class HuggingFaceOptions(msgspec.Struct, frozen=True, array_like=True):
     full_repo: bool = False
 
 
+class FileSettings(msgspec.Struct, frozen=True, array_like=True):
+    """Of runs' files. Sizes in bytes, 0: no limit."""
+
+    cache_dir: str = ""
+    run_dir: str = ""
+    max_input_bytes: int = 0
+    max_upload_bytes: int = 0
+    socket: str = ""
+    """The abstract Unix socket to take executors' open files from."""
+    executor_uid: int = 0
+    """Whose."""
+    started: float = 0.0
+    """Epoch seconds: what is older on disk was left by other workers."""
+
+
 class TransferSettings(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """All that the transfer process is told; it reads no environment of its own. Sizes in bytes; "": not set."""
 
@@ -63,6 +78,7 @@ class TransferSettings(msgspec.Struct, frozen=True, array_like=True, kw_only=Tru
     retry: RetrySettings = RetrySettings()
     http_timeout_s: float = 30.0
     """Without a byte from the other side."""
+    files: FileSettings = FileSettings()
 
     def __repr__(self) -> str:
         return f"TransferSettings(model_cache_dir={self.model_cache_dir!r}, ...)"  # holds tokens
@@ -93,6 +109,46 @@ class RemoveModel(msgspec.Struct, frozen=True, array_like=True, tag=102):
     ref: str
 
 
+class FileAccess(msgspec.Struct, frozen=True, array_like=True):
+    """Where a run's files are, and the run's own token."""
+
+    base_url: str
+    token: str = ""
+    tenant_id: str = ""
+
+    def __repr__(self) -> str:
+        return f"FileAccess(base_url={self.base_url!r}, ...)"
+
+
+class FetchInputs(msgspec.Struct, frozen=True, array_like=True, tag=110):
+    """Fetch inputs of a run into a directory of WORKER_RUN_DIR. Answered by InputsFetched."""
+
+    repeatable: ClassVar[bool] = True
+    directory: str
+    number: int
+    """Different for each request of a run; it keeps its files apart from those of others."""
+    refs: tuple[str, ...]
+    """Of the file store, or http(s) URLs."""
+    access: FileAccess
+
+
+class RemoveInputs(msgspec.Struct, frozen=True, array_like=True, tag=111):
+    """The run has ended. Answered by InputsRemoved."""
+
+    repeatable: ClassVar[bool] = True
+    directory: str
+
+
+class StoreOutput(msgspec.Struct, frozen=True, array_like=True, tag=112):
+    """Store the open file that comes with the ticket. Answered by OutputStored."""
+
+    repeatable: ClassVar[bool] = False  # the open file is gone with the process
+    ref: str
+    ticket: bytes
+    create: bool
+    access: FileAccess
+
+
 class ModelFiles(msgspec.Struct, frozen=True, array_like=True, tag=200):
     """A model whose files are whole on disk."""
 
@@ -115,9 +171,24 @@ class ModelRemoved(msgspec.Struct, frozen=True, array_like=True, tag=202):
     freed_bytes: int
 
 
-RequestBody = FetchModel | ListModels | RemoveModel
-ReplyBody = ModelFiles | ModelList | ModelRemoved
-ReplyT = TypeVar("ReplyT", ModelFiles, ModelList, ModelRemoved)
+class InputsFetched(msgspec.Struct, frozen=True, array_like=True, tag=210):
+    files: tuple[LocalFile, ...]
+    failure: Failure | None = None
+    failed: int = 0
+    """Index of the ref that `failure` is about."""
+
+
+class InputsRemoved(msgspec.Struct, frozen=True, array_like=True, tag=211):
+    pass
+
+
+class OutputStored(msgspec.Struct, frozen=True, array_like=True, tag=212):
+    file: LocalFile
+
+
+RequestBody = FetchModel | ListModels | RemoveModel | FetchInputs | RemoveInputs | StoreOutput
+ReplyBody = ModelFiles | ModelList | ModelRemoved | InputsFetched | InputsRemoved | OutputStored
+ReplyT = TypeVar("ReplyT", ModelFiles, ModelList, ModelRemoved, InputsFetched, InputsRemoved, OutputStored)
 
 # -- supervisor -> transfers ----------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 from gen_worker.pipe.messages import (
     PIPE_PROTOCOL,
     Event,
+    FetchFile,
     Init,
     ModelLoaded,
     ModelUnloaded,
@@ -16,6 +17,7 @@ from gen_worker.pipe.messages import (
     SocketClose,
     SocketCredit,
     SocketFrame,
+    StoreFile,
 )
 from supervisor.child import ExitCause
 from supervisor.devices import Device
@@ -42,6 +44,7 @@ class Listener:
     def executor_writable(self, handle: ExecutorHandle) -> None: ...
     def executor_draining(self, handle: ExecutorHandle) -> None: ...
     def run_event(self, handle: ExecutorHandle, event: Event) -> None: ...
+    def run_file(self, handle: ExecutorHandle, request: FetchFile | StoreFile) -> None: ...
     def run_result(self, handle: ExecutorHandle, result: Result, output: bytes | HeldOutput) -> None: ...
     def socket_frame(self, handle: ExecutorHandle, frame: SocketFrame, data: bytes) -> None: ...
     def socket_close(self, handle: ExecutorHandle, close: SocketClose) -> None: ...

@@ -28,10 +28,11 @@ from gen_worker.wire import worker_scheduler_pb2 as pb
 from supervisor import executor_handle
 from supervisor.child import ExitCause
 from supervisor.devices import Device
-from supervisor.dispatcher import Dispatcher, Limits
+from supervisor.dispatcher import Dispatcher, FileService, Limits
 from supervisor.executor_handle import ExecutorHandle, HandleState
 from supervisor.observer import Observer
 from supervisor.residency import Residency
+from supervisor.transfers.messages import ReplyT, RequestBody
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,18 @@ class Executor:
         self.say(ModelLoaded(model_id, type_name, device_bytes, 0.1))
 
 
+class RecordingTransfers:
+    """Stands for the transfer process: keeps what is asked, answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[RequestBody, asyncio.Future[Any]]] = []
+
+    async def call(self, request: RequestBody, reply: type[ReplyT]) -> ReplyT:
+        answer: asyncio.Future[ReplyT] = asyncio.get_running_loop().create_future()
+        self.asked.append((request, answer))
+        return await answer
+
+
 class Rig:
     """A dispatcher with executors that get ready when the test says so."""
 
@@ -131,12 +144,14 @@ class Rig:
         self.functions = tuple(functions)
         self.residency = Residency(labels or {}, {model: ModelDir(f"/models/{model}") for model in models})
         self.changes = 0
+        self.transfers = RecordingTransfers()
         self.dispatcher = Dispatcher(
             limits=limits or Limits(0, 1, 5.0, 0),
             residency=self.residency,
             executors=lambda: [each.handle for each in self.executors if each.handle.state is HandleState.READY],
             changed=self._changed,
             observer=observer,
+            files=FileService(self.transfers),
         )
         self.executors: list[Executor] = []
         for _ in range(executors):
@@ -197,7 +212,7 @@ def function(
     return FunctionInfo(name, mode, injections=tuple(injections), max_concurrency=limit)
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
     """Wait for what timers or processes bring about."""
     async with asyncio.timeout(timeout_s):
         while not condition():

@@ -10,7 +10,6 @@ import pytest
 
 from gen_worker import Asset
 from gen_worker.errors import ValidationError
-from gen_worker.types import assets_in
 
 
 @pytest.fixture
@@ -56,33 +55,3 @@ def test_an_asset_that_was_not_downloaded() -> None:
     with pytest.raises(FileNotFoundError, match="asset 'a/b' has no local file"):
         asset.read_bytes()
     assert not Asset("a", local_path="/nowhere/at/all").exists()
-
-
-class Inner(msgspec.Struct, frozen=True):
-    image: Asset | None
-    note: str = ""
-
-
-class Outer(msgspec.Struct):
-    first: Asset
-    inner: Inner
-    many: list[Asset]
-    named: dict[str, list[Inner]]
-    pair: tuple[int, Asset]
-    count: int = 0
-
-
-def test_assets_in_a_payload() -> None:
-    payload = Outer(
-        Asset("1"),
-        Inner(Asset("2")),
-        [Asset("3"), Asset("4")],
-        {"x": [Inner(None), Inner(Asset("5"))]},
-        (0, Asset("6")),
-    )
-    found = list(assets_in(payload))
-    assert [asset.ref for asset in found] == ["1", "2", "3", "4", "5", "6"]
-    found[1].local_path = "/set"
-    assert payload.inner.image is not None
-    assert payload.inner.image.local_path == "/set"
-    assert list(assets_in({"a": b"bytes", "b": "text"})) == []

@@ -172,7 +172,7 @@ def test_creating_a_file_twice() -> None:
     outcome = run_function(save, In(""))
     assert outcome.failure is not None
     assert outcome.failure.error_type == "validation"
-    assert outcome.failure.safe_message == "'runs/test-run/outputs/a' exists already"
+    assert outcome.failure.safe_message == "output 'a': it exists already"
     assert outcome.files == {"runs/test-run/outputs/a": b"1"}
 
 
@@ -186,6 +186,35 @@ def test_a_payload_with_an_asset(tmp_path: Path) -> None:
 
     payload = In("", image=Asset("in", local_path=str(tmp_path / "in")))
     assert run_function(read, payload).check().output.text == "pixels"
+    for given in (b"bytes", tmp_path / "in", str(tmp_path / "in")):
+        outcome = run_function(read, {"text": "", "image": {"ref": "photos/in"}}, files={"photos/in": given})
+        assert outcome.check().output.text == ("bytes" if isinstance(given, bytes) else "pixels")
+
+
+async def test_the_files_of_assets_are_described_and_gone_after_the_run() -> None:
+    seen: list[Asset] = []
+
+    @worker_function()
+    async def look(ctx: ActionContext, payload: In) -> Out:
+        assert payload.image is not None
+        seen.append(payload.image)
+        return Out(str(payload.image.exists()))
+
+    files = {"a/b.txt": b"\x89PNG\r\n\x1a\n"}
+    outcome = await run_function_async(look, {"text": "", "image": {"ref": "a/b.txt"}}, files=files)
+    assert outcome.check().output.text == "True"
+    (asset,) = seen
+    assert (asset.mime_type, asset.size_bytes) == ("image/png", 8)
+    assert asset.sha256 == hashlib.sha256(files["a/b.txt"]).hexdigest()
+    assert Path(asset).name == "0-b.txt"
+    assert not asset.exists()
+
+
+def test_a_file_that_the_test_does_not_give() -> None:
+    outcome = run_function(sync, {"text": "", "image": {"ref": "a.png"}})
+    assert outcome.failure is not None
+    assert outcome.failure.error_type == "validation"
+    assert outcome.failure.safe_message.startswith("input image ('a.png'): the test gives no such file: pass files=")
 
 
 @worker_function()

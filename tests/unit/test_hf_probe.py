@@ -84,6 +84,14 @@ async def test_refusals_and_bad_moments(server: FileServer, session: aiohttp.Cli
     assert await probe_dtype(session, server.url, {}, RETRY) == "BF16"
 
 
+async def test_the_token_does_not_follow_to_another_host(server: FileServer, session: aiohttp.ClientSession) -> None:
+    with FileServer() as front:
+        front.on_request = lambda _: Answer(302, headers={"Location": f"{server.url}/cdn"})
+        assert await probe_dtype(session, front.url, {"Authorization": "Bearer x"}, RETRY) == "BF16"
+    assert {each.headers["Authorization"] for each in front.asked} == {"Bearer x"}
+    assert not [each for each in server.asked if "Authorization" in each.headers]
+
+
 def test_the_same_on_disk(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(safetensors("F16", 100))

@@ -24,7 +24,7 @@ BOTH_WAYS: list[tuple[Any, list[Any]]] = [
 DOWN: list[tuple[Any, list[Any]]] = [
     (
         m.Init(1, 2, "cuda:0", ("a", "b"), "/app", "/run", 64, 5.0, 100, 200, 0, {"torch.Tensor": "mod:load"}),
-        [1, 1, 2, "cuda:0", ["a", "b"], "/app", "/run", 64, 5.0, 100, 200, 0, {"torch.Tensor": "mod:load"}],
+        [1, 1, 2, "cuda:0", ["a", "b"], "/app", "/run", 64, 5.0, 100, 200, 0, {"torch.Tensor": "mod:load"}, "", 0],
     ),
     (
         m.Run(7, "run-7", "draw", b"\x80", {"pipe": "cozy:a/b:latest"}, 1500, 12.5, "tenant", "user", 262144),
@@ -46,6 +46,14 @@ DOWN: list[tuple[Any, list[Any]]] = [
     (
         m.SocketOpen(9, "s-9", "talk", {"p": "cozy:a/b:latest"}, 1500, 12.5, "tenant", "user", 262144, 1024),
         [9, 9, "s-9", "talk", {"p": "cozy:a/b:latest"}, 1500, 12.5, "tenant", "user", 262144, 1024],
+    ),
+    (
+        m.FileReply(7, 1, (m.LocalFile("/run/in.png", 3, "ab", "image/png"),)),
+        [13, 7, 1, [["/run/in.png", 3, "ab", "image/png"]], None, 0],
+    ),
+    (
+        m.FileReply(7, 2, failure=m.Failure("auth", "no access"), failed=1),
+        [13, 7, 2, [], ["auth", "no access", "", False], 1],
     ),
     *BOTH_WAYS,
 ]
@@ -93,6 +101,8 @@ UP: list[tuple[Any, list[Any]]] = [
     (m.Fatal("import", "no module x", "trace"), [25, "import", "no module x", "trace"]),
     (m.Free(0), [8, 0]),
     *BOTH_WAYS,
+    (m.FetchFile(7, 1, ("a.png", "https://host/b")), [26, 7, 1, ["a.png", "https://host/b"]]),
+    (m.StoreFile(7, 2, "runs/r/outputs/a", True, b"ticket"), [27, 7, 2, "runs/r/outputs/a", True, b"ticket"]),
 ]
 
 FEWEST: list[tuple[list[Any], Any]] = [
@@ -143,7 +153,7 @@ def test_the_tables_cover_both_unions() -> None:
 
 def test_no_two_tags_are_equal() -> None:
     kinds = set(get_args(m.Downward)) | set(get_args(m.Upward))
-    assert len({kind.__struct_config__.tag for kind in kinds}) == len(kinds) == 18
+    assert len({kind.__struct_config__.tag for kind in kinds}) == len(kinds) == 21
 
 
 def test_the_unions_are_closed() -> None:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import msgspec
 import pytest
 
-from gen_worker.pipe.messages import Failure
+from gen_worker.pipe.messages import Failure, LocalFile
 from supervisor.transfers import messages as m
 
 SETTINGS = m.TransferSettings(
@@ -25,6 +25,7 @@ SETTINGS = m.TransferSettings(
     gpu_sm=90,
     retry=m.RetrySettings(3, 0.1, 0.2),
     http_timeout_s=4.0,
+    files=m.FileSettings("/cache", "/run", 5, 6, "socket", 12345, 7.5),
 )
 FILES = m.ModelFiles("hf:a/b", "/root", {"label": "x"}, 10, 9, 1.5, "/lock")
 
@@ -37,12 +38,22 @@ DOWN: list[tuple[Any, list[Any]]] = [
             [
                 "/cache", 1, 2, "http://hub", "secret-hub", "secret-hf", "/hf",
                 [["unet"], True, ["fp16"], True, True], 90, [3, 0.1, 0.2], 4.0,
+                ["/cache", "/run", 5, 6, "socket", 12345, 7.5],
             ],
         ],
     ),
     (m.Request(7, m.FetchModel("hf:a/b")), [2, 7, [100, "hf:a/b"]]),
     (m.Request(8, m.ListModels()), [2, 8, [101]]),
     (m.Request(9, m.RemoveModel("hf:a/b")), [2, 9, [102, "hf:a/b"]]),
+    (
+        m.Request(10, m.FetchInputs("run-1", 1, ("a", "http://b"), m.FileAccess("http://s", "secret-t", "tenant"))),
+        [2, 10, [110, "run-1", 1, ["a", "http://b"], ["http://s", "secret-t", "tenant"]]],
+    ),
+    (m.Request(11, m.RemoveInputs("run-1")), [2, 11, [111, "run-1"]]),
+    (
+        m.Request(12, m.StoreOutput("runs/r/outputs/a", b"t", True, m.FileAccess("http://s"))),
+        [2, 12, [112, "runs/r/outputs/a", b"t", True, ["http://s", "", ""]]],
+    ),
     (m.Cancel(7), [3, 7]),
 ]  # fmt: skip
 
@@ -52,6 +63,16 @@ UP: list[tuple[Any, list[Any]]] = [
     (m.Reply(7, FILES), [22, 7, [200, "hf:a/b", "/root", {"label": "x"}, 10, 9, 1.5, "/lock"]]),
     (m.Reply(8, m.ModelList(())), [22, 8, [201, []]]),
     (m.Reply(9, m.ModelRemoved(5)), [22, 9, [202, 5]]),
+    (
+        m.Reply(10, m.InputsFetched((LocalFile("/run/a", 3, "ab", "image/png"),))),
+        [22, 10, [210, [["/run/a", 3, "ab", "image/png"]], None, 0]],
+    ),
+    (
+        m.Reply(10, m.InputsFetched((), Failure("auth", "no"), 1)),
+        [22, 10, [210, [], ["auth", "no", "", False], 1]],
+    ),
+    (m.Reply(11, m.InputsRemoved()), [22, 11, [211]]),
+    (m.Reply(12, m.OutputStored(LocalFile("", 3, "ab", "a/b"))), [22, 12, [212, ["", 3, "ab", "a/b"]]]),
     (m.Failed(7, Failure("auth", "no", "detail", True)), [23, 7, ["auth", "no", "detail", True]]),
     (m.ModelsRemoved(("hf:a/b",)), [24, ["hf:a/b"]]),
 ]
@@ -84,3 +105,4 @@ def test_what_is_no_message_is_refused(body: bytes) -> None:
 
 def test_tokens_are_not_shown() -> None:
     assert "secret" not in repr(m.Start(1, SETTINGS))
+    assert "secret" not in repr(m.RemoveInputs("x")) + repr(m.FetchInputs("d", 1, (), m.FileAccess("b", "secret")))

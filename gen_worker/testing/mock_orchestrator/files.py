@@ -233,7 +233,11 @@ class _HttpServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002  (the base class's signature)
-        logger.error("a request of %s failed", client_address, exc_info=sys.exception())
+        error = sys.exception()
+        if isinstance(error, ConnectionError):  # between two requests; within one, _answer meets it
+            logger.debug("%s went away: %s", client_address, error)
+        else:
+            logger.error("a request of %s failed", client_address, exc_info=error)
 
     def cut_connections(self) -> None:
         """End kept-alive connections too: a store that stopped answers nobody."""
