@@ -13,11 +13,11 @@ import logging
 from pathlib import Path
 from typing import Any, Final
 
-from executor.weights import dtype_of, variant_of
 from gen_worker.context import ActionContext
 from gen_worker.errors import FatalError, WorkerError
 from gen_worker.injection import ModelArtifacts, find_runtime_loader, qualified_name
 from gen_worker.types import Asset
+from gen_worker.weights import dtype_of, variant_of
 
 log = logging.getLogger(__name__)
 

@@ -30,8 +30,6 @@ from gen_worker.pipe.messages import (
     Event,
     Failure,
     FunctionInfo,
-    ModelLoaded,
-    ModelUnloaded,
     Result,
 )
 from supervisor import runs
@@ -40,9 +38,11 @@ from supervisor.child import ExitCause
 from supervisor.executor_handle import ExecutorHandle
 from supervisor.lanes import Lanes
 from supervisor.model_commands import ModelCommands
+from supervisor.model_names import ModelRefused, Models
+from supervisor.model_news import ModelNews
 from supervisor.outbox import Keeper, Outbox
 from supervisor.quarantine import STRIKES, Quarantine, fingerprint
-from supervisor.residency import ModelKey, ModelRefused, Models, Residency
+from supervisor.residency import Residency
 from supervisor.runs import Run, RunState
 from supervisor.wire_codec import encode_event, encode_result
 
@@ -86,7 +86,7 @@ class Dispatcher:
         self._executors = executors
         self._changed = changed
         self._loop = asyncio.get_running_loop()
-        self.backlog = Backlog(self._loop.time, lambda: self._loop.call_soon(self.lanes.pump))
+        self.backlog = Backlog(self._loop.time, lambda: self._loop.call_soon(self._pump))
         self.outbox = Outbox(self._credit, self._loop.time, self.backlog, keeper)
         self.functions: dict[str, FunctionInfo] = {}
         """What this worker serves, as the executors said when they got ready."""
@@ -99,6 +99,7 @@ class Dispatcher:
             executors=executors,
             model_concurrency=limits.model_concurrency,
             start=self._start,
+            fail=self._finish,
             held=lambda: self.backlog.holds_runs,
         )
         self.commands = ModelCommands(
@@ -106,8 +107,18 @@ class Dispatcher:
             outbox=self.outbox,
             executors=executors,
             functions=self.functions,
-            users=self._users_of,
         )
+        self.news = ModelNews(
+            residency=residency,
+            lanes=self.lanes,
+            commands=self.commands,
+            outbox=self.outbox,
+            finish=self._finish,
+            moved=self._models_moved,
+            clock=self._loop.time,
+        )
+        self.model_loaded = self.news.model_loaded
+        self.model_unloaded = self.news.model_unloaded
         self._draining = False
         self._idle = asyncio.Event()
 
@@ -160,13 +171,14 @@ class Dispatcher:
         # Realtime handlers are not served by this version, so they are not offered.
         served = {name: info for name, info in handle.functions.items() if info.mode != "websocket"}
         self.functions.update(served)
+        self._residency.executor_ready(handle)
         log.info("executor %s is ready: %s", handle.name, ", ".join(sorted(handle.functions)))
         self._changed()
-        self.lanes.pump()
+        self._pump()
 
     def executor_writable(self, handle: ExecutorHandle) -> None:
         log.debug("executor %s reads again", handle.name)
-        self.lanes.pump()
+        self._pump()
 
     def executor_draining(self, handle: ExecutorHandle) -> None:
         log.debug("executor %s takes no more runs", handle.name)
@@ -193,31 +205,7 @@ class Dispatcher:
         else:
             self._quarantine.clear(run.fingerprint)
             self._finish(run, result.failure, output)
-        self.lanes.pump()
-
-    def model_loaded(self, handle: ExecutorHandle, loaded: ModelLoaded) -> None:
-        key = (loaded.model_id, loaded.type_name)
-        extra = {"executor": handle.name}
-        if loaded.failure is None:
-            self._residency.loaded(handle, key, loaded.device_bytes)
-            size = f"{loaded.device_bytes / 2**30:.2f} GiB on the device"
-            log.info("loaded %s as %s in %.2f s, %s", *key, loaded.seconds, size, extra=extra)
-        else:
-            self._residency.load_failed(handle, key)
-            log.error("loading %s as %s failed: %s", *key, loaded.failure.detail, extra=extra)
-            self._fail_stranded({key}, loaded.failure)
-        self.commands.loaded(handle, loaded.model_id, loaded.failure)
-        self._changed()
-        self.lanes.pump()
-
-    def model_unloaded(self, handle: ExecutorHandle, unloaded: ModelUnloaded) -> None:
-        if unloaded.failure is None:
-            self._residency.unloaded(handle, unloaded.model_id)
-        else:
-            self._residency.unload_failed(handle, unloaded.model_id)
-        self.commands.unloaded(unloaded.model_id, unloaded.failure)
-        self._changed()
-        self.lanes.pump()
+        self._pump()
 
     def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None:
         loading = self._residency.loading(handle)
@@ -235,12 +223,8 @@ class Dispatcher:
             self._finish(run, runs.crashed(detail))
         if loading:
             detail = f"{ended} while it loaded {', '.join(sorted(key[0] for key in loading))}; last lines:\n{lines}"
-            self._fail_stranded(loading, runs.crashed(detail))
-            for model_id, _ in loading:
-                self.commands.load_ended(model_id, runs.crashed(detail))
-        self.commands.executor_gone()
-        self._changed()
-        self.lanes.pump()
+            self.news.failed(loading, runs.crashed(detail))
+        self._models_moved()
 
     # -- drain --------------------------------------------------------------------------------
 
@@ -280,6 +264,7 @@ class Dispatcher:
         if not run.start(handle, self._loop.time()):
             return
         self.backlog.run_left(len(payload))
+        self._residency.acquire(handle, run.models)
         deadline = 0.0
         if run.timeout_ms:
             deadline = time.time() + run.timeout_ms / 1000 - (run.started - run.arrived)
@@ -292,6 +277,16 @@ class Dispatcher:
             self._finish(run, Failure("resource", "out of memory", detail))
         except FrameError as error:
             self._finish(run, runs.invalid("request too large", f"the request without its payload: {error}"))
+
+    def _pump(self) -> None:
+        """Give waiting runs to executors, and go on with commands that wait."""
+        self.commands.settle()
+        self.lanes.pump()
+        self.commands.advance()
+
+    def _models_moved(self) -> None:
+        self._changed()
+        self._pump()
 
     # -- ends ---------------------------------------------------------------------------------
 
@@ -314,11 +309,6 @@ class Dispatcher:
         log.error("killing executor %s: %s", handle.name, reason, extra={"run_id": run.run_id})
         handle.kill(reason)
         self._finish(run, run.failure_of_cancel(f"its executor was killed: it did not end within {grace:g} s"))
-
-    def _fail_stranded(self, keys: set[ModelKey], failure: Failure) -> None:
-        """Runs that wait for a model that can't be loaded end with the reason, unless another executor serves them."""
-        for run in self.lanes.stranded(keys):
-            self._finish(run, failure)
 
     def _strike(self, run: Run) -> str:
         """Remember what an executor died under. Returns words for the message."""
@@ -351,6 +341,7 @@ class Dispatcher:
         self.lanes.remove(run)
         if run.handle is not None:
             run.handle.release(run)
+            self._residency.release(run.handle, run.models)
         if not self._active:
             self._idle.set()
 
@@ -380,10 +371,7 @@ class Dispatcher:
     def _models(self, info: FunctionInfo, request: pb.TaskExecutionRequest) -> Models:
         if not info.injections:
             return ()
-        return self._residency.resolve(info, request.required_models, request.input_payload)
-
-    def _users_of(self, model_id: str) -> int:
-        return sum(any(used == model_id for _, used in run.models) for run in self._active.values())
+        return self._residency.names.resolve(info, request.required_models, request.input_payload)
 
     def _run_of(self, handle: ExecutorHandle, key: int) -> Run | None:
         """The run that `handle` speaks of, if it still has it."""

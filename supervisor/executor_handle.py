@@ -30,6 +30,7 @@ from gen_worker.pipe.messages import (
     FunctionInfo,
     Init,
     LoadModel,
+    Memory,
     ModelLoaded,
     ModelUnloaded,
     Payload,
@@ -100,6 +101,10 @@ class ExecutorHandle:
         """Whether this supervisor ended it, for a deadline, a cancel or its own end."""
         self.poisoned = False
         """Whether one of its runs cost it the device context."""
+        self.recycled = ""
+        """Why it is to be replaced, by no fault of a run; "" when it is not."""
+        self.memory = Memory(0, 0, 0)
+        """What it said last that it holds."""
         self.runs: dict[int, Run] = {}
         """The runs it has, by key."""
         self._threads = threads
@@ -146,6 +151,15 @@ class ExecutorHandle:
         """Ask it to leave; for an executor without runs."""
         self.drain()
         self._send(Shutdown())
+
+    def recycle(self, reason: str) -> None:
+        """Have it replaced: it takes no more runs, and leaves when it has none left."""
+        if self.recycled or self.state is not HandleState.READY:
+            return
+        self.recycled = reason
+        self.drain()
+        self._events.executor_draining(self)
+        self._leave_if_recycled()
 
     def kill(self, reason: str) -> None:
         """End it now; its exit arrives as any other, with `reason` in its cause."""
@@ -197,6 +211,7 @@ class ExecutorHandle:
         self._running[run.function] -= 1
         if _takes_thread(self.functions[run.function]):
             self._thread_runs -= 1
+        self._leave_if_recycled()
 
     def send_cancel(self, key: int, cause: CancelCause) -> None:
         self._send(Cancel(key, cause))
@@ -207,8 +222,8 @@ class ExecutorHandle:
     def send_load(self, message: LoadModel) -> None:
         self._send(message)
 
-    def send_unload(self, model_id: str) -> None:
-        self._send(UnloadModel(model_id))
+    def send_unload(self, model_id: str, *, to_host: bool = False) -> None:
+        self._send(UnloadModel(model_id, to_host))
 
     def last_lines(self) -> list[str]:
         """The last lines that it printed, oldest first."""
@@ -224,6 +239,12 @@ class ExecutorHandle:
         """End an executor that broke its side of the pipe; unlike a kill, that counts against its runs."""
         self.drain()
         self._child.kill(reason)
+
+    def _leave_if_recycled(self) -> None:
+        if self.recycled and not self.runs and self._leaving is None and self.state is HandleState.DRAINING:
+            self.shutdown()
+            loop = asyncio.get_running_loop()
+            self._leaving = loop.call_later(LEAVE_S, self.kill, "it stayed after it was asked to leave")
 
     def _leaves(self) -> None:
         """It said that it can't serve: it takes no more runs, and is helped when it stays."""
@@ -255,17 +276,19 @@ class ExecutorHandle:
             case Ready():
                 self._ready(message)
             case ModelLoaded():
+                self._note_poison(message.poisoned)
                 self._events.model_loaded(self, message)
             case ModelUnloaded():
+                self._note_poison(message.poisoned)
                 self._events.model_unloaded(self, message)
+            case Memory():
+                self.memory = message
             case Fatal():
                 self.fatal = message
                 self._leaves()
 
     def _result(self, result: Result) -> None:
-        if result.poisoned:
-            self.poisoned = True
-            self._leaves()  # before the result frees a place that would be given to the next run
+        self._note_poison(result.poisoned)
         output = result.output
         if isinstance(output, bytes):
             self._events.run_result(self, result, output)
@@ -278,6 +301,12 @@ class ExecutorHandle:
         data = self._child.arena_up.read(output)
         self._send(Free(output.offset))
         self._events.run_result(self, result, data)
+
+    def _note_poison(self, poisoned: bool) -> None:  # noqa: FBT001  (a field of messages)
+        """Before what the message frees or brings is given to the next run."""
+        if poisoned:
+            self.poisoned = True
+            self._leaves()
 
     def _ready(self, ready: Ready) -> None:
         if ready.protocol != PIPE_PROTOCOL:

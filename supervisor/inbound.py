@@ -66,7 +66,8 @@ class Inbound:
         log.info(
             "the scheduler allows %d models and labels %d", len(config.supported_model_ids), len(config.model_id_by_key)
         )
-        self._residency.configure(config.supported_model_ids, config.model_id_by_key)
+        self._residency.names.configure(config.supported_model_ids, config.model_id_by_key)
+        self._residency.prefetch()
 
     def _refuse_realtime(self, command: pb.RealtimeOpenCommand) -> None:
         log.warning("realtime session of %s refused: not served by this version", command.function_name)

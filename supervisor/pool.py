@@ -4,6 +4,7 @@ Owns: how many there are, when a dead one is replaced, and when a slot is given 
 
 1. `start` spawns all slots at once; each reports when it is ready.
 2. A dead executor is replaced at once; when it had not lived ALIVE_S, after a backoff from 1 s up to 60 s.
+   One that was recycled (drained, because of memory that it kept) is replaced at once, however often.
 3. BOOT_FAILURES deaths in a row before being ready close the slot: what it says will not change by itself.
 """
 
@@ -166,7 +167,11 @@ class Pool:
             words = f"{handle.fatal.message} ({cause})" if handle.fatal else str(cause)
             if not was_ready:
                 self.last_reason = handle.fatal.reason if handle.fatal else ""
-            self._replace(slot, words, was_ready=was_ready)
+            if handle.recycled:
+                log.info("executor of slot %d was recycled (%s): replaced at once", slot.number, handle.recycled)
+                self._spawn(slot)
+            else:
+                self._replace(slot, words, was_ready=was_ready)
         if not self.handles:
             self._empty.set()
 

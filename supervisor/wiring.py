@@ -9,6 +9,7 @@ from pathlib import Path
 
 from supervisor.auth import AuthSettings
 from supervisor.backoff import ReconnectSettings
+from supervisor.device_meter import MemoryLimits
 from supervisor.dispatcher import Limits
 from supervisor.session import SessionSettings
 from supervisor.settings import Settings
@@ -61,6 +62,12 @@ def limits(settings: Settings) -> Limits:
         cancel_grace_s=settings.cancel_grace_seconds,
         max_input_bytes=settings.max_input_bytes,
     )
+
+
+def memory_limits(settings: Settings, executors: int) -> MemoryLimits:
+    """The host cache is shared out evenly, so that each executor's ledger decides alone."""
+    host_gb = settings.host_cache_gb / max(1, executors)
+    return MemoryLimits(settings.max_vram_gb, settings.vram_safety_margin_gb, host_gb)
 
 
 def _text(path: Path | None) -> str | None:

@@ -21,6 +21,9 @@ from supervisor.executor_place import ExecutorPlace
 from supervisor.exit_codes import ExitCode
 from supervisor.family import FAMILY
 from supervisor.inbound import Inbound
+from supervisor.model_names import ModelNames
+from supervisor.model_sizes import ModelSizes
+from supervisor.model_source import LocalArtifacts
 from supervisor.oom import OomWatch, find_counter
 from supervisor.outbox import DELIVERED_S
 from supervisor.pool import Pool
@@ -29,7 +32,7 @@ from supervisor.residency import Residency
 from supervisor.result_store import ResultStore
 from supervisor.session import GaveUp, Session
 from supervisor.transport import StatusCode
-from supervisor.wiring import auth_settings, limits, open_transport, session_settings
+from supervisor.wiring import auth_settings, limits, memory_limits, open_transport, session_settings
 
 if TYPE_CHECKING:
     from supervisor.settings import Settings
@@ -61,7 +64,6 @@ class Worker:
         self._oom = OomWatch(find_counter())
         self._project_root = str(Path.cwd())
         self._modules = tenant.modules
-        self._residency = Residency(tenant.models, settings.model_artifacts)
         self._probe = open_probe(
             gpus=settings.gpus,
             visible=environ.get("CUDA_VISIBLE_DEVICES"),
@@ -69,7 +71,15 @@ class Worker:
             fake_count=settings.fake_gpu_count,
             fake_memory_bytes=settings.fake_gpu_memory_bytes,
             fake_name=settings.fake_gpu_name,
-            held=self._residency.bytes_on,
+            held=self._held,
+        )
+        source = LocalArtifacts(settings.model_artifacts)
+        self._residency = Residency(
+            ModelNames(tenant.models, source),
+            source,
+            limits=memory_limits(settings, len(self._probe.devices)),
+            probe=self._probe,
+            sizes=ModelSizes(settings.model_cache_dir),
         )
         self._store = ResultStore(settings.outbox_dir, settings.worker_id) if settings.outbox_dir else None
         self._dispatcher = Dispatcher(
@@ -79,6 +89,7 @@ class Worker:
             changed=self._announce,
             keeper=self._store,
         )
+        source.events = self._dispatcher.news
         self._pool = Pool(
             self._probe.devices,
             init=self._init_message,
@@ -114,6 +125,7 @@ class Worker:
         if self._store is not None:
             await self._store.open()
         self._pool.start()
+        self._residency.prefetch()
         session = loop.create_task(self._serve())
         session.add_done_callback(lambda _: self._events.put_nowait("the session ended"))
         event = await self._events.get()
@@ -212,6 +224,10 @@ class Worker:
         if self._pool.ready:
             self._first_ready.set()
         self._session.announce()
+
+    def _held(self, device: Device) -> int:
+        """What the executors of a simulated device say that they hold."""
+        return sum(handle.memory.device_bytes for handle in self._pool.handles if handle.device.uuid == device.uuid)
 
     def _init_message(self, slot: int, device: Device) -> Init:
         settings = self._settings
