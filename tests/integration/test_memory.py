@@ -7,6 +7,7 @@ objects made of them none of the host's memory; the executor counts them as if t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -35,24 +36,26 @@ def weights(root: Path) -> str:
     return json.dumps(written)
 
 
-def environment(root: Path, **more: str) -> dict[str, str]:
+def environment(root: Path) -> dict[str, str]:
     return {
-        "WORKER_FAKE_GPU_COUNT": "1",
         "WORKER_FAKE_GPU_MEMORY_BYTES": "10 GiB",
         "WORKER_VRAM_SAFETY_MARGIN_GB": "1",
         "WORKER_MODEL_ARTIFACTS_JSON": weights(root / "models"),
         "WORKER_MODEL_CACHE_DIR": str(root / "cache"),
         "HEARTBEAT_INTERVAL_SECONDS": "60",
-        **more,
     }
 
 
-TENANT = {"tenant": "memory", "modules": "memory_functions", "ready": "both"}
+@contextlib.asynccontextmanager
+async def on_gpus(env: dict[str, str], count: int = 1) -> AsyncIterator[Chain]:
+    env = {**env, "WORKER_FAKE_GPU_COUNT": str(count)}
+    async with chain(executors=count, env=env, tenant="memory", modules="memory_functions", ready="both") as found:
+        yield found
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def worker(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Chain]:
-    async with chain(env=environment(tmp_path_factory.mktemp("memory")), **TENANT) as found:
+    async with on_gpus(environment(tmp_path_factory.mktemp("memory"))) as found:
         yield found
 
 
@@ -136,11 +139,11 @@ async def test_an_executor_that_keeps_memory_is_recycled(worker: Chain) -> None:
 
 
 async def test_what_was_measured_is_remembered_by_the_next_worker(tmp_path: Path) -> None:
-    env = environment(tmp_path, WORKER_FAKE_GPU_COUNT="2")
+    env = environment(tmp_path)
     path = tmp_path / "cache" / "measured-sizes.json"
     path.parent.mkdir()
     path.write_text("{ not json")
-    async with chain(env=env, **{**TENANT, "executors": 2}) as two:
+    async with on_gpus(env, 2) as two:
         assert two.worker.lines("measured model sizes", "can't be read")
         outputs = await asyncio.gather(*(two.call("use", {"model": "first", "seconds": 0.2}) for _ in range(2)))
         assert len({output["pid"] for output in outputs}) in {1, 2}
@@ -151,7 +154,7 @@ async def test_what_was_measured_is_remembered_by_the_next_worker(tmp_path: Path
     assert sizes[key] == {"weights": 4 * GIB, "device": 4 * GIB}
     sizes[key]["device"] = 9 * GIB + 1
     path.write_text(json.dumps({"version": 1, "sizes": sizes}))
-    async with chain(env={**env, "WORKER_FAKE_GPU_COUNT": "1"}, **TENANT) as again:
+    async with on_gpus(env) as again:
         result = await again.result("use", {"model": "first"})
         assert result.error_type == "resource"
         assert "9.00 GiB" in result.error_message
