@@ -376,8 +376,8 @@ class ModelCache:
         with self._lock:
             return sum(entry.host_gb or 0.0 for entry in self._entries.values())
 
-    def plan_host_eviction(self, size_gb: float) -> list[str] | None:
-        """Whose copies go, in order, so that one of `size_gb` fits in max_host_gb; None: it is larger than that."""
+    def plan_host_eviction(self, size_gb: float, keep: Collection[str] = ()) -> list[str] | None:
+        """Whose copies go, in order, so that one of `size_gb` fits in max_host_gb; None: beside `keep` it can't."""
         with self._lock:
             if not 0 < size_gb <= self.max_host_gb:
                 return None
@@ -385,9 +385,10 @@ class ModelCache:
             for model_id in self.get_host_models():
                 if shortage <= 0:
                     break
-                leaving.append(model_id)
-                shortage -= self._entries[model_id].host_gb or 0.0
-            return leaving
+                if model_id not in keep:
+                    leaving.append(model_id)
+                    shortage -= self._entries[model_id].host_gb or 0.0
+            return leaving if shortage <= 0 else None
 
     # -- inside -------------------------------------------------------------------------------
 

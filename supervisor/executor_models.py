@@ -198,6 +198,7 @@ class ExecutorModels:
         if missing:
             self.states.update(dict.fromkeys(missing, Residence.LOADING))
             self._job = _Job(deque(missing), frozenset(model_id for model_id, _ in keys))
+            self._hold_files()
             self._step()
         return True
 
@@ -243,7 +244,7 @@ class ExecutorModels:
             return Outcome.FAILED
         self.failed.discard(key)
         size = self._size_of(message, order)
-        total = self.ledger.size_gb(key[0]) + (size or 0) / GB
+        total = self.ledger.size_gb(key[0]) + (order.expected if size is None else size) / GB
         self.states[key] = Residence.HOT
         types = frozenset(type_name for model_id, type_name in self.states if model_id == key[0])
         self.ledger.mark_loaded_to_vram(key[0], types, total, evict=False)
@@ -286,9 +287,8 @@ class ExecutorModels:
 
     def _step(self) -> None:
         """Send the next order, if none is under way: first what leaves, then what comes."""
-        if self._order is not None:
+        if self._order is not None or not (self._leaving or self._job):
             return
-        self._hold_files()
         leaving = next((model_id for model_id in self._leaving if not self.ledger.is_pinned(model_id)), None)
         if leaving is not None:
             self._send_unload(leaving)
@@ -298,7 +298,8 @@ class ExecutorModels:
     def _send_unload(self, model_id: str) -> None:
         to_host = self._leaving[model_id] and self.ledger.is_in_vram(model_id)
         if to_host:
-            older = self.ledger.plan_host_eviction(self.ledger.size_gb(model_id))
+            returning = self._job.keep if self._job is not None else ()
+            older = self.ledger.plan_host_eviction(self.ledger.size_gb(model_id), returning)
             to_host = older is not None
             if older:
                 self._leaving = {**dict.fromkeys(older, False), **self._leaving}

@@ -208,6 +208,8 @@ def test_copies_in_host_memory(cache: ModelCache) -> None:
     assert cache.plan_host_eviction(3) == ["a"]
     assert cache.plan_host_eviction(5) == ["a", "b"]
     assert cache.plan_host_eviction(5.1) is None
+    assert cache.plan_host_eviction(3, keep=["a"]) == ["b"]
+    assert cache.plan_host_eviction(3, keep=["a", "b"]) is None
     assert cache.plan_host_eviction(0) is None, "what takes nothing is not kept"
     cache.mark_loaded_to_vram("a", object(), 2)
     assert not cache.is_in_host("a")

@@ -473,14 +473,31 @@ async def test_evicted_models_stay_in_host_memory_and_return(make: MakeRig) -> N
     assert rig.residency.hot_models() == [B, C]
     assert A in rig.residency.disk_models()
     rig.submit("s", A)
-    assert executor.unloads[1:] == [A], "there is room for one copy: the older one goes, and b takes its place"
-    executor.unload_done(A, 0)
-    assert executor.sent(UnloadModel)[-1] == UnloadModel(B, to_host=True)
-    executor.unload_done(B, 4 * GIB, host_bytes=4 * GIB)
+    assert executor.sent(UnloadModel)[-1] == UnloadModel(B), "there is room for one copy, and a is to return from it"
+    executor.unload_done(B, 4 * GIB)
     assert executor.loads[-1] == A
     executor.load_done(A, device_bytes=4 * GIB)
     assert executor.runs[-1] == "s"
-    assert ledger.get_host_models() == [B]
+    assert ledger.get_host_models() == []
+    executor.succeed("s")
+
+
+async def test_the_oldest_copy_goes_for_a_newer_one(make: MakeRig) -> None:
+    rig = make(memory_limits=MemoryLimits(None, 1.0, host_gb=5.0))
+    (executor,) = rig.executors
+    load(rig, executor, A)
+    load(rig, executor, B)
+    rig.submit("r", C)
+    executor.unload_done(A, 4 * GIB, host_bytes=4 * GIB)
+    executor.load_done(C, device_bytes=4 * GIB)
+    executor.succeed("r")
+    rig.source.models["new"] = 4 * GIB
+    rig.submit("s", C, required_models=["new"])
+    assert executor.unloads == [A, A], "the copy of a makes room for b's"
+    executor.unload_done(A, 0)
+    assert executor.sent(UnloadModel)[-1] == UnloadModel(B, to_host=True)
+    executor.unload_done(B, 4 * GIB, host_bytes=4 * GIB)
+    assert rig.residency.ledger(executor.handle).get_host_models() == [B]
 
 
 async def test_a_command_drops_the_copy_in_host_memory_too(make: MakeRig) -> None:
