@@ -67,6 +67,16 @@ async def test_deployment_model_config(rig: Rig, inbound: Inbound) -> None:
     assert rig.results()["r2"].safe_message == "model not allowed"
 
 
+async def test_what_is_allowed_is_fetched_before_it_is_asked_for(rig: Rig, inbound: Inbound) -> None:
+    rig.source.models.update({"hf:org/c@main": 0, "cozy:org/d:latest": 0})
+    rig.source.cold = {"hf:org/c@main", "cozy:org/d:latest"}
+    config = pb.DeploymentModelConfig(supported_model_ids=["hf:org/c@main", A, "cozy:org/unheard-of"])
+    inbound.handle(message(deployment_model_config=config))
+    inbound.handle(message(deployment_model_config=config))
+    assert rig.source.fetches == ["hf:org/c@main"], "once; a is here, d is not allowed, the last can't be had"
+    assert rig.residency.downloads.get_downloading_models() == ["hf:org/c@main"]
+
+
 async def test_realtime_is_refused_with_a_reason(rig: Rig, inbound: Inbound) -> None:
     inbound.handle(message(realtime_open_cmd=pb.RealtimeOpenCommand(session_id="s1", function_name="talk")))
     (answer,) = rig.messages()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -641,3 +642,79 @@ async def test_room(make: MakeRig, held: int, room: Room) -> None:
     assert rig.residency.room(executor.handle, [(BIG, "t.T")]) is Room.NONE
     rig.residency.load(executor.handle, [(C, "t.T")])
     assert rig.residency.room(executor.handle, [KEY_A]) is Room.BUSY
+
+
+# -- anything at all ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_no_device_is_overfull_and_nothing_in_use_leaves(  # noqa: C901  (one function per kind of step)
+    make: MakeRig, seed: int
+) -> None:
+    """A random life on two GPUs whose models do not all fit; the executors do what they are told, in any order."""
+    chance = random.Random(seed)
+    weights = {name: chance.choice([0, 1, 3, 5]) * GIB for name in WEIGHTS}
+    rig = make(executors=2, models=weights, memory_limits=MemoryLimits(None, 1.0, host_gb=chance.choice([0.0, 4.0])))
+    results: dict[str, pb.TaskExecutionResult] = {}
+    submitted: list[str] = []
+    seen: dict[Executor, int] = {}
+
+    def check_orders(executor: Executor) -> None:
+        in_use = {model for run in executor.handle.runs.values() for _, model in run.models}
+        for message in executor.child.sent[seen.get(executor, 0) :]:
+            if isinstance(message, UnloadModel):
+                assert message.model_id not in in_use
+        seen[executor] = len(executor.child.sent)
+
+    def step_submit() -> None:
+        submitted.append(f"r{len(submitted)}")
+        rig.submit(submitted[-1], chance.choice([*WEIGHTS, "ab", "many", "plain"]))
+
+    def step_answer() -> None:
+        executor = chance.choice(rig.executors)
+        if executor.order is None:
+            return
+        model, type_name = executor.order
+        if type_name:
+            executor.load_done(model, device_bytes=weights[model])
+            assert executor.held + GIB <= 10 * GIB, "the margin is kept"
+            return
+        sent = executor.sent(UnloadModel)[-1]
+        in_vram = round(rig.residency.ledger(executor.handle).size_gb(model) * GIB)
+        executor.unload_done(model, in_vram, host_bytes=in_vram if sent.to_host else 0)
+
+    def step_end() -> None:
+        executor = chance.choice(rig.executors)
+        if executor.handle.runs:
+            executor.succeed(chance.choice(list(executor.handle.runs.values())).run_id)
+
+    def step_command() -> None:
+        model = chance.choice(list(WEIGHTS))
+        chance.choice([rig.dispatcher.commands.load, rig.dispatcher.commands.unload])(model)
+
+    async def step(do: Callable[[], None]) -> None:
+        do()
+        await asyncio.sleep(0)
+        for executor in rig.executors:
+            check_orders(executor)
+            ledger = rig.residency.ledger(executor.handle)
+            assert ledger.host_used_gb <= ledger.max_host_gb
+        for message in rig.messages():
+            if message.WhichOneof("msg") == "run_result":
+                assert message.run_result.run_id not in results
+                results[message.run_result.run_id] = message.run_result
+
+    for _ in range(300):
+        await step(
+            chance.choice([step_submit, step_submit, step_answer, step_answer, step_end, step_end, step_command])
+        )
+    for _ in range(5000):
+        if not rig.dispatcher.active:
+            break
+        await step(chance.choice([step_answer, step_end]))
+    assert not rig.dispatcher.active, "a run waits for ever"
+    assert sorted(results) == sorted(submitted)
+    refused = {result.error_type for result in results.values() if not result.success}
+    assert refused <= {"resource"}, "what needs more than there is"
+    for executor in rig.executors:
+        assert executor.handle.state is HandleState.READY, "nobody leaks"
