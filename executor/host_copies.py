@@ -9,6 +9,7 @@ torch's own pinned allocator rounds each size up to a power of two, so the buffe
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def to_host(value: object, device: str) -> HostCopy | None:
         offsets.append(size)
         size += -(-tensor.nbytes // _ALIGN) * _ALIGN
     buffer = torch.empty(size, dtype=torch.uint8)
-    is_pinned = device.startswith("cuda") and _pin(buffer, torch)
+    is_pinned = device.startswith("cuda") and _pin(buffer, device, torch)
     moved = []
     for tensor, offset in zip(tensors, offsets, strict=True):
         place = _place(buffer, offset, tensor)
@@ -124,11 +125,14 @@ def _contiguous_strides(shape: Any) -> list[int]:
     return strides[::-1]
 
 
-def _pin(buffer: Any, torch: Any) -> bool:
+def _pin(buffer: Any, device: str, torch: Any) -> bool:
     """Register the buffer; false, with a line in the log, when the system does not allow that (ulimit -l)."""
     try:
         torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
     except RuntimeError as error:
         log.warning("host memory can't be page-locked, so models return slower: %s", error)
+        # The refusal stays behind as CUDA's last error, and the next kernel would be blamed for it: let this one be.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=device)
         return False
     return True

@@ -19,64 +19,24 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum, IntEnum
-from typing import Final, Protocol
+from typing import Final
 
 from gen_worker.injection import ModelArtifacts, qualified_name
 from gen_worker.model_cache import GB, ModelCache
-from gen_worker.pipe.messages import Failure, LoadModel, ModelLoaded, ModelUnloaded
+from gen_worker.pipe.messages import LoadModel, ModelLoaded, ModelUnloaded
 from supervisor.device_meter import DeviceMeter, MemoryLimits, gib, no_room, stayed_out
 from supervisor.devices import DeviceMemory, DeviceProbe
 from supervisor.executor_handle import ExecutorHandle, HandleState
 from supervisor.model_sizes import ModelSizes
 from supervisor.model_source import LocalModel, ModelSource
+from supervisor.residence import ModelKey, ModelMoves, Outcome, Residence, Room
 
 log = logging.getLogger(__name__)
-
-ModelKey = tuple[str, str]
-"""(model id, qualified type name)."""
 
 OVERHEAD_BYTES: Final = 2 * 2**30
 """What an idle executor may hold beyond its models before it is taken for a leak: the CUDA context, workspaces of
 libraries and what torch's allocator keeps of past activations."""
 _FILES_TYPE: Final = qualified_name(ModelArtifacts)
-
-
-class Residence(Enum):
-    LOADING = "loading"
-    HOT = "hot"
-    UNLOADING = "unloading"
-
-
-class Room(IntEnum):
-    """What a load would find, the best first."""
-
-    FREE = 0
-    EVICT = 1
-    """There is room when idle models leave."""
-    BUSY = 2
-    """What would have to leave is in use, or something is under way."""
-    NONE = 3
-
-
-class Outcome(Enum):
-    """Of what an executor answered to a load."""
-
-    LOADED = "loaded"
-    FAILED = "failed"
-    NOTHING = "nothing"
-    """It is tried again, or was not asked for."""
-
-
-class ModelMoves(Protocol):
-    """Who is told of what the executors' models do by themselves; never called from within a call to residency."""
-
-    def load_started(self, handle: ExecutorHandle, model_id: str) -> None: ...
-    def load_refused(self, handle: ExecutorHandle, key: ModelKey, failure: Failure) -> None:
-        """The load was not even tried."""
-
-    def models_moved(self) -> None:
-        """Something is possible that was not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from typing import Final
 
 from gen_worker.pipe.messages import Failure, FunctionInfo
 from supervisor.executor_handle import ExecutorHandle
-from supervisor.executor_models import ModelKey, Residence, Room
 from supervisor.model_names import Models
+from supervisor.residence import ModelKey, Residence, Room
 from supervisor.residency import Residency
 from supervisor.runs import Run, RunState
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from gen_worker.pipe.messages import Failure, FunctionInfo
 from supervisor.executor_handle import ExecutorHandle
-from supervisor.executor_models import Residence, Room
 from supervisor.lanes import load_of
 from supervisor.model_names import ModelRefused
 from supervisor.outbox import Outbox
+from supervisor.residence import Residence, Room
 from supervisor.residency import Residency
 from supervisor.wire_codec import encode_load_result, encode_unload_result
 

@@ -15,10 +15,10 @@ import msgspec
 from gen_worker.model_cache import GB
 from gen_worker.pipe.messages import Failure, ModelLoaded, ModelUnloaded
 from supervisor.executor_handle import ExecutorHandle
-from supervisor.executor_models import ModelKey, Outcome
 from supervisor.lanes import Lanes
 from supervisor.model_commands import ModelCommands
 from supervisor.outbox import Outbox
+from supervisor.residence import ModelKey, Outcome
 from supervisor.residency import Residency
 from supervisor.runs import Run
 from supervisor.wire_codec import encode_event

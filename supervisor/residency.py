@@ -6,17 +6,18 @@ decides nothing about runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from gen_worker.model_cache import ModelCache
 from gen_worker.pipe.messages import Failure, FunctionInfo, ModelLoaded, ModelUnloaded
 from supervisor.device_meter import MemoryLimits, no_room, too_large
 from supervisor.devices import DeviceProbe
 from supervisor.executor_handle import ExecutorHandle
-from supervisor.executor_models import ExecutorModels, ModelKey, ModelMoves, Outcome, Residence, Room
+from supervisor.executor_models import ExecutorModels
 from supervisor.model_names import ModelNames, Models
 from supervisor.model_sizes import ModelSizes
 from supervisor.model_source import ModelSource
+from supervisor.residence import ModelKey, ModelMoves, Outcome, Residence, Room
 
 
 class Residency:
@@ -175,10 +176,6 @@ class Residency:
         held = self._executors.get(handle)
         if held is not None:
             held.release(_ids(models))
-
-    def status(self) -> Mapping[str, Mapping[str, object]]:
-        """Per executor's name, the figures of its ledger."""
-        return {handle.name: models.ledger.get_stats().to_dict() for handle, models in self._executors.items()}
 
 
 def _ids(models: Models) -> Iterable[str]:

@@ -16,8 +16,8 @@ from gen_worker.wire import worker_scheduler_pb2 as pb
 from supervisor import lanes
 from supervisor.device_meter import MemoryLimits
 from supervisor.executor_handle import HandleState
-from supervisor.executor_models import Residence, Room
 from supervisor.model_sizes import ModelSizes
+from supervisor.residence import Residence, Room
 from tests.support.rig import Executor, Rig, function, until, use_recording_children
 
 GIB = 2**30
