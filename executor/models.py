@@ -22,21 +22,30 @@ from typing import Any
 
 import msgspec
 
+from executor import host_copies
 from executor.cuda_faults import is_poisoned
+from executor.device_memory import DeviceMemory
 from executor.loaders import load_object
 from executor.torch_state import initialized_cuda
 from executor.tracebacks import drop_frames
 from gen_worker.failures import SAFE_MESSAGE_MAX_CHARS, failure_of
 from gen_worker.injection import ModelArtifacts
-from gen_worker.pipe.messages import Failure, LoadModel, ModelLoaded, ModelUnloaded, UnloadModel, Upward
+from gen_worker.pipe.messages import Failure, LoadModel, Memory, ModelLoaded, ModelUnloaded, UnloadModel, Upward
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Held:
     value: object
-    device_bytes: int
+    artifacts: ModelArtifacts
+    device_bytes: int = 0
+    copy: host_copies.HostCopy | None = None
+    """Its tensors, while they are in host memory."""
+
+    @property
+    def host_bytes(self) -> int:
+        return 0 if self.copy is None else self.copy.size
 
 
 class ModelStore:
@@ -54,7 +63,10 @@ class ModelStore:
         self._device = device
         self._send = send
         self._on_poisoned = on_poisoned
+        self._memory = DeviceMemory(device)
         self._held: dict[tuple[str, str], _Held] = {}
+        self._in_host: dict[tuple[str, str], _Held] = {}
+        """Evicted from the device, and not injected until they are back."""
         self._orders: queue.SimpleQueue[LoadModel | UnloadModel] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -99,15 +111,17 @@ class ModelStore:
             return ModelLoaded(*key, self._held[key].device_bytes, 0.0)
         started = time.perf_counter()
         try:
-            before = self._allocated()
-            value = self._make(message)
-            device_bytes = max(0, self._allocated() - before)
+            before = self._memory.allocated()
+            held = self._return_from_host(key) or self._make(message)
+            device_bytes = max(0, self._memory.allocated() - before)
         except (Exception, SystemExit) as error:  # noqa: BLE001  # a loader may raise anything; it is the answer
             return self._load_failed(message, error, time.perf_counter() - started)
-        self._held[key] = _Held(value, device_bytes)
+        held.device_bytes = device_bytes
+        self._held[key] = held
+        self._say_memory()
         return ModelLoaded(*key, device_bytes, time.perf_counter() - started)
 
-    def _make(self, message: LoadModel) -> object:
+    def _make(self, message: LoadModel) -> _Held:
         type_ = self._types.get(message.type_name)
         if type_ is None:
             known = ", ".join(sorted(self._types)) or "nothing"
@@ -115,7 +129,9 @@ class ModelStore:
         root = Path(message.root_dir)
         files = {key: root / path for key, path in message.files.items()}  # an absolute path stays what it is
         artifacts = ModelArtifacts(message.model_id, root, files, message.metadata)
-        return load_object(type_, artifacts, self._device)
+        held = _Held(load_object(type_, artifacts, self._device), artifacts)
+        self._memory.track(held.value, artifacts)
+        return held
 
     def _load_failed(self, message: LoadModel, error: BaseException, seconds: float) -> ModelLoaded:
         failure = failure_of(error)
@@ -125,26 +141,79 @@ class ModelStore:
         loaded = ModelLoaded(message.model_id, message.type_name, 0, seconds, failure)
         if is_poisoned(error):
             failure = msgspec.structs.replace(failure, error_type="retryable", retryable=True)
-            self._send(msgspec.structs.replace(loaded, failure=failure))
+            self._send(msgspec.structs.replace(loaded, failure=failure, poisoned=True))
             self._on_poisoned(f"loading {message.model_id}", failure)
         drop_frames(error)
+        self._drop_host_copies(message.model_id)
         self._release_cached()
+        self._say_memory()
         return loaded
 
     def _unload(self, message: UnloadModel) -> ModelUnloaded:
         try:
-            before = self._allocated()
+            before = self._memory.allocated()
             for key in [key for key in self._held if key[0] == message.model_id]:
-                del self._held[key]
+                held = self._held.pop(key)
+                if message.to_host:
+                    self._move_to_host(key, held)
+                del held
+            if not message.to_host:
+                self._drop_host_copies(message.model_id)
             self._release_cached()
-            return ModelUnloaded(message.model_id, max(0, before - self._allocated()))
+            self._say_memory()
+            host_bytes = sum(held.host_bytes for key, held in self._in_host.items() if key[0] == message.model_id)
+            freed = max(0, before - self._memory.allocated())
+            return ModelUnloaded(message.model_id, freed, host_bytes=host_bytes)
         except Exception as error:  # noqa: BLE001  # what a model's destructor or CUDA raises is the answer
-            return ModelUnloaded(message.model_id, 0, failure_of(error))
+            poisoned = is_poisoned(error)
+            unloaded = ModelUnloaded(message.model_id, 0, failure_of(error), poisoned=poisoned)
+            if poisoned:
+                self._send(unloaded)
+                self._on_poisoned(f"unloading {message.model_id}", failure_of(error))
+            return unloaded
 
-    def _allocated(self) -> int:
-        """Bytes that torch's allocator holds on the device; runs that go on meanwhile are in it too."""
-        cuda = initialized_cuda() if self._device.startswith("cuda") else None
-        return 0 if cuda is None else int(cuda.memory_allocated(self._device))
+    # -- host memory --------------------------------------------------------------------------
+
+    def _move_to_host(self, key: tuple[str, str], held: _Held) -> None:
+        """Keep the object with its tensors in host memory, if that can be; else it is dropped."""
+        try:
+            copy_ = host_copies.to_host(held.value, self._device) if held.device_bytes else None
+        except (RuntimeError, MemoryError) as error:
+            log.warning("model %s does not stay in host memory: %s", key[0], error)
+            return
+        if copy_ is None:
+            return  # what takes nothing of the device is quickly loaded again
+        self._memory.untrack(tensor for tensor, _ in copy_.tensors)
+        held.copy = copy_
+        self._in_host[key] = held
+
+    def _return_from_host(self, key: tuple[str, str]) -> _Held | None:
+        """The object, on the device again; None when it is not in host memory. Raises RuntimeError without room."""
+        held = self._in_host.pop(key, None)
+        if held is None or held.copy is None:
+            return None
+        copy_, held.copy = held.copy, None
+        try:
+            host_copies.to_device(copy_, self._device)
+        except RuntimeError:
+            host_copies.drop(copy_)  # the supervisor makes room, and has it loaded from disk
+            raise
+        self._drop_host_copies(key[0])  # of its other types: the supervisor counts the model as gone from host memory
+        self._memory.track(held.value, held.artifacts)
+        return held
+
+    def _drop_host_copies(self, model_id: str) -> None:
+        for key in [key for key in self._in_host if key[0] == model_id]:
+            copy_ = self._in_host.pop(key).copy
+            if copy_ is not None:
+                host_copies.drop(copy_)
+
+    # -- memory -------------------------------------------------------------------------------
+
+    def _say_memory(self) -> None:
+        """Before each answer, so that the supervisor can hold it against its probe."""
+        host_bytes = sum(held.host_bytes for held in self._in_host.values())
+        self._send(Memory(self._memory.allocated(), self._memory.reserved(), host_bytes))
 
     def _release_cached(self) -> None:
         """Give memory that nothing refers to back to the device."""

@@ -50,8 +50,9 @@ class DeviceMemory:
 
 class DeviceProbe(Protocol):
     driver_version: str
-    devices: Sequence[Device]
 
+    @property
+    def devices(self) -> Sequence[Device]: ...
     def memory(self, device: Device) -> DeviceMemory:
         """What is used and free on a GPU now. Raises DeviceError."""
         ...

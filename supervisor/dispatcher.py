@@ -34,8 +34,6 @@ from gen_worker.pipe.messages import (
     Failure,
     FetchFile,
     FunctionInfo,
-    ModelLoaded,
-    ModelUnloaded,
     Result,
     SocketClose,
     SocketCredit,
@@ -49,10 +47,12 @@ from supervisor.executor_handle import ExecutorHandle
 from supervisor.held_output import HeldOutput, LargeResult
 from supervisor.lanes import Lanes
 from supervisor.model_commands import ModelCommands
+from supervisor.model_names import ModelRefused, Models
+from supervisor.model_news import ModelNews
 from supervisor.observer import Observer
 from supervisor.outbox import Keeper, Outbox
 from supervisor.quarantine import STRIKES, Quarantine, fingerprint
-from supervisor.residency import ModelKey, ModelRefused, Models, Residency
+from supervisor.residency import Residency
 from supervisor.run_files import RunFiles, Store, Transfers
 from supervisor.runs import Run, RunState
 from supervisor.socket_session import SocketSession
@@ -114,7 +114,7 @@ class Dispatcher:
         self._changed = changed
         self._observer = observer or Observer()
         self._loop = asyncio.get_running_loop()
-        self.backlog = Backlog(self._loop.time, lambda: self._loop.call_soon(self.lanes.pump))
+        self.backlog = Backlog(self._loop.time, lambda: self._loop.call_soon(self._pump))
         self.outbox = Outbox(self._credit, self._loop.time, self.backlog, keeper)
         self.functions: dict[str, FunctionInfo] = {}
         """What this worker serves, as the executors said when they got ready."""
@@ -129,6 +129,7 @@ class Dispatcher:
             executors=executors,
             model_concurrency=limits.model_concurrency,
             start=self._start,
+            fail=self._end,
             held=lambda: self.backlog.holds_runs,
         )
         self.files = RunFiles(files.transfers, files.stores, self.lanes.go_on, files.reserved)
@@ -137,7 +138,6 @@ class Dispatcher:
             outbox=self.outbox,
             executors=executors,
             functions=self.functions,
-            users=self._users_of,
         )
         self.sockets = Sockets(
             limits=SocketLimits(limits.cancel_grace_s, limits.max_ws_frame_bytes),
@@ -150,6 +150,18 @@ class Dispatcher:
             refusal=self._no_room,
             ended=self._less.set,
         )
+        self.news = ModelNews(
+            residency=residency,
+            lanes=self.lanes,
+            commands=self.commands,
+            outbox=self.outbox,
+            end=self._end,
+            moved=self._models_moved,
+            clock=self._loop.time,
+            observer=self._observer,
+        )
+        self.model_loaded = self.news.model_loaded
+        self.model_unloaded = self.news.model_unloaded
         self._draining = False
 
     # -- from the scheduler -------------------------------------------------------------------
@@ -200,9 +212,10 @@ class Dispatcher:
 
     def executor_ready(self, handle: ExecutorHandle) -> None:
         self._learn(handle.functions)
+        self._residency.executor_ready(handle)
         log.info("executor %s is ready: %s", handle.name, ", ".join(sorted(handle.functions)))
         self._changed()
-        self.lanes.pump()
+        self._pump()
 
     def _learn(self, served: dict[str, FunctionInfo]) -> None:
         """What an executor serves is the latest code: functions that it changed and that no executor has any more."""
@@ -214,12 +227,12 @@ class Dispatcher:
         offered = {name for handle in self._executors() for name in handle.functions}
         for name in self.functions.keys() - served.keys() - offered:
             del self.functions[name]
-            for run in self.lanes.waiting_for(name):
+            for run in self.lanes.waiting_of(name):
                 self._end(run, runs.invalid("unknown function", f"{name!r} is gone since the code was replaced"))
 
     def executor_writable(self, handle: ExecutorHandle) -> None:
         log.debug("executor %s reads again", handle.name)
-        self.lanes.pump()
+        self._pump()
 
     def executor_draining(self, handle: ExecutorHandle) -> None:
         log.debug("executor %s takes no more runs", handle.name)
@@ -265,7 +278,7 @@ class Dispatcher:
         else:
             self._quarantine.clear(run.fingerprint)
             self._finish(run, result.failure, output)
-        self.lanes.pump()
+        self._pump()
 
     def socket_frame(self, handle: ExecutorHandle, frame: SocketFrame, data: bytes) -> None:
         session = self._run_of(handle, frame.key)
@@ -281,32 +294,6 @@ class Dispatcher:
         session = self._run_of(handle, credit.key)
         if isinstance(session, SocketSession):
             self.sockets.handler_took(session, credit.size)
-
-    def model_loaded(self, handle: ExecutorHandle, loaded: ModelLoaded) -> None:
-        key = (loaded.model_id, loaded.type_name)
-        extra = {"executor": handle.name}
-        if loaded.failure is None:
-            self._residency.loaded(handle, key, loaded.device_bytes)
-            size = f"{loaded.device_bytes / 2**30:.2f} GiB on the device"
-            log.info("loaded %s as %s in %.2f s, %s", *key, loaded.seconds, size, extra=extra)
-        else:
-            self._residency.load_failed(handle, key)
-            log.error("loading %s as %s failed: %s", *key, loaded.failure.detail, extra=extra)
-            self._fail_stranded({key}, loaded.failure)
-        self._observer.load_ended(loaded.model_id, loaded.seconds, loaded.failure)
-        self.commands.loaded(handle, loaded.model_id, loaded.failure)
-        self._changed()
-        self.lanes.pump()
-
-    def model_unloaded(self, handle: ExecutorHandle, unloaded: ModelUnloaded) -> None:
-        if unloaded.failure is None:
-            self._residency.unloaded(handle, unloaded.model_id)
-            self._observer.model_evicted(unloaded.model_id, "command")
-        else:
-            self._residency.unload_failed(handle, unloaded.model_id)
-        self.commands.unloaded(unloaded.model_id, unloaded.failure)
-        self._changed()
-        self.lanes.pump()
 
     def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None:
         loading = self._residency.loading(handle)
@@ -325,13 +312,10 @@ class Dispatcher:
             self._finish(run, runs.crashed(detail))
         if loading:
             detail = f"{ended} while it loaded {', '.join(sorted(key[0] for key in loading))}; last lines:\n{lines}"
-            self._fail_stranded(loading, runs.crashed(detail))
+            self.news.failed(loading, runs.crashed(detail))
             for model_id, _ in loading:
                 self._observer.load_ended(model_id, 0.0, runs.crashed(detail))
-                self.commands.load_ended(model_id, runs.crashed(detail))
-        self.commands.executor_gone()
-        self._changed()
-        self.lanes.pump()
+        self._models_moved()
 
     def new_code(self) -> None:
         """Executors are about to be replaced by ones with other code: what killed the old ones says nothing of it."""
@@ -399,6 +383,7 @@ class Dispatcher:
         if not run.start(handle, self._loop.time()):
             return
         self.backlog.run_left(len(payload))
+        self._residency.acquire(handle, run.models)
         deadline = 0.0
         if run.timeout_ms:
             deadline = time.time() + run.timeout_ms / 1000 - (run.started - run.arrived)
@@ -411,6 +396,16 @@ class Dispatcher:
             self._finish(run, runs.invalid("request too large", f"the request without its payload: {error}"))
         else:
             self._observer.run_started(run)
+
+    def _pump(self) -> None:
+        """Give waiting runs to executors, and go on with commands that wait."""
+        self.commands.settle()
+        self.lanes.pump()
+        self.commands.advance()
+
+    def _models_moved(self) -> None:
+        self._changed()
+        self._pump()
 
     # -- ends ---------------------------------------------------------------------------------
 
@@ -434,11 +429,6 @@ class Dispatcher:
         log.error("killing executor %s: %s", handle.name, reason, extra={"run_id": run.run_id})
         handle.kill(reason)
         self._finish(run, run.failure_of_cancel(f"its executor was killed: it did not end within {grace:g} s"))
-
-    def _fail_stranded(self, keys: set[ModelKey], failure: Failure) -> None:
-        """Runs that wait for a model that can't be loaded end with the reason, unless another executor serves them."""
-        for run in self.lanes.stranded(keys):
-            self._end(run, failure)
 
     def _end(self, run: Run, failure: Failure) -> None:
         """End what has not started, a run or a session."""
@@ -488,6 +478,7 @@ class Dispatcher:
         self.files.end(run)
         if run.handle is not None:
             run.handle.release(run)
+            self._residency.release(run.handle, run.models)
         self._less.set()
         self._observer.run_ended(run, failure, self._loop.time())
 
@@ -534,15 +525,11 @@ class Dispatcher:
     def _models(self, info: FunctionInfo, request: pb.TaskExecutionRequest) -> Models:
         if not info.injections:
             return ()
-        return self._residency.resolve(info, request.required_models, request.input_payload)
+        return self._residency.names.resolve(info, request.required_models, request.input_payload)
 
     def _streams(self, function: str) -> bool:
         info = self.functions.get(function)
         return info is not None and info.mode in ("generator", "async_generator")
-
-    def _users_of(self, model_id: str) -> int:
-        of_runs = sum(any(used == model_id for _, used in run.models) for run in self._active.values())
-        return of_runs + self.sockets.users_of(model_id)
 
     def _run_of(self, handle: ExecutorHandle, key: int) -> Run | None:
         """The run that `handle` speaks of, if it still has it."""

@@ -32,6 +32,7 @@ from gen_worker.pipe.messages import (
     FunctionInfo,
     Init,
     LoadModel,
+    Memory,
     ModelLoaded,
     ModelUnloaded,
     Payload,
@@ -114,6 +115,10 @@ class ExecutorHandle:
         """Whether this supervisor ended it, for a deadline, a cancel or its own end."""
         self.poisoned = False
         """Whether one of its runs cost it the device context."""
+        self.recycled = ""
+        """Why it is to be replaced, by no fault of a run; "" when it is not."""
+        self.memory = Memory(0, 0, 0)
+        """What it said last that it holds."""
         self.runs: dict[int, Run] = {}
         """The runs it has, by key."""
         self._threads = threads
@@ -170,6 +175,15 @@ class ExecutorHandle:
         """Ask it to leave; for an executor without runs."""
         self.drain()
         self._send(Shutdown())
+
+    def recycle(self, reason: str) -> None:
+        """Have it replaced: it takes no more runs, and leaves when it has none left."""
+        if self.recycled or self.state is not HandleState.READY:
+            return
+        self.recycled = reason
+        self.drain()
+        self._events.executor_draining(self)
+        self._leave_if_recycled()
 
     def kill(self, reason: str) -> None:
         """End it now; its exit arrives as any other, with `reason` in its cause."""
@@ -252,6 +266,7 @@ class ExecutorHandle:
             self._count(run, -1)
         if not self.runs:
             self._idle.set()
+        self._leave_if_recycled()
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Whether it has no run within timeout_s."""
@@ -286,8 +301,8 @@ class ExecutorHandle:
     def send_load(self, message: LoadModel) -> None:
         self._send(message)
 
-    def send_unload(self, model_id: str) -> None:
-        self._send(UnloadModel(model_id))
+    def send_unload(self, model_id: str, *, to_host: bool = False) -> None:
+        self._send(UnloadModel(model_id, to_host))
 
     def last_lines(self) -> list[str]:
         """The last lines that it printed, oldest first."""
@@ -309,6 +324,12 @@ class ExecutorHandle:
         """End an executor that broke its side of the pipe; unlike a kill, that counts against its runs."""
         self.drain()
         self._child.kill(reason)
+
+    def _leave_if_recycled(self) -> None:
+        if self.recycled and not self.runs and self._leaving is None and self.state is HandleState.DRAINING:
+            self.shutdown()
+            loop = asyncio.get_running_loop()
+            self._leaving = loop.call_later(LEAVE_S, self.kill, "it stayed after it was asked to leave")
 
     def _leaves(self) -> None:
         """It said that it can't serve: it takes no more runs, and is helped when it stays."""
@@ -343,18 +364,23 @@ class ExecutorHandle:
                 self._events.run_file(self, message)
             case Ready():
                 self._ready(message)
-            case ModelLoaded():
-                self._events.model_loaded(self, message)
-            case ModelUnloaded():
-                self._events.model_unloaded(self, message)
+            case Memory():
+                self.memory = message
+            case ModelLoaded() | ModelUnloaded():
+                self._model(message)
             case Fatal():
                 self.fatal = message
                 self._leaves()
 
+    def _model(self, message: ModelLoaded | ModelUnloaded) -> None:
+        self._note_poison(message.poisoned)
+        if isinstance(message, ModelLoaded):
+            self._events.model_loaded(self, message)
+        else:
+            self._events.model_unloaded(self, message)
+
     def _result(self, result: Result) -> None:
-        if result.poisoned:
-            self.poisoned = True
-            self._leaves()  # before the result frees a place that would be given to the next run
+        self._note_poison(result.poisoned)
         output = result.output
         if isinstance(output, bytes):
             self._events.run_result(self, result, output)
@@ -387,6 +413,12 @@ class ExecutorHandle:
                 self._events.socket_close(self, SocketClose(frame.key, "frame_too_large"))
                 return
         self._events.socket_frame(self, frame, data)
+
+    def _note_poison(self, poisoned: bool) -> None:  # noqa: FBT001  (a field of messages)
+        """Before what the message frees or brings is given to the next run."""
+        if poisoned:
+            self.poisoned = True
+            self._leaves()
 
     def _ready(self, ready: Ready) -> None:
         if ready.protocol != PIPE_PROTOCOL:

@@ -7,7 +7,7 @@ ends the stream or the worker: what can't be understood is logged and dropped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from supervisor.dispatcher import Dispatcher
@@ -23,16 +23,9 @@ log = logging.getLogger(__name__)
 class Inbound:
     """Routes the scheduler's messages."""
 
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        residency: Residency,
-        prefetch: Callable[[Iterable[str]], None] = lambda _: None,
-    ) -> None:
-        """`prefetch` is told the models that the deployment may ask for."""
+    def __init__(self, dispatcher: Dispatcher, residency: Residency) -> None:
         self._dispatcher = dispatcher
         self._residency = residency
-        self._prefetch = prefetch
         self._handlers: dict[str, Callable[[Any], None]] = {
             "run_request": dispatcher.submit,
             "interrupt_run_cmd": lambda command: dispatcher.cancel(command.run_id),
@@ -80,5 +73,5 @@ class Inbound:
         log.info(
             "the scheduler allows %d models and labels %d", len(config.supported_model_ids), len(config.model_id_by_key)
         )
-        self._residency.configure(config.supported_model_ids, config.model_id_by_key)
-        self._prefetch((*config.model_id_by_key.values(), *config.supported_model_ids))
+        self._residency.names.configure(config.supported_model_ids, config.model_id_by_key)
+        self._residency.prefetch()

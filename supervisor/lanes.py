@@ -1,31 +1,41 @@
 """Which executor takes which waiting run, and when.
 
-Owns: the runs that wait, and the executors reserved for a run that must be alone.
+Owns: the runs that wait, and the executors reserved for a run that must be alone or has waited long for room.
 
 1. A run waits in the lane of its function and models. Within a lane runs keep their order; lanes pass each other.
-2. `pump` gives the heads of the lanes to executors: one that has the models hot, else one that has room, the least
-   loaded first. When nobody holds the models, one executor is told to load them, and the lane waits.
-3. A run whose executor has its inputs at last (it took no place while it waited) goes on before new runs, as soon as
+2. `pump` gives the heads of the lanes to executors: one that has the models hot, the least loaded first. For what is
+   left it has models fetched and loaded: where there is room, else where idle models can leave, the least loaded first.
+3. While all room is in use, runs of the models that are there go on: each swap costs a load. After PATIENCE_S an
+   executor is reserved for the run that waits: it runs empty, so that its models can leave.
+4. A run whose executor has its inputs at last (it took no place while it waited) goes on before new runs, as soon as
    there is a place for it.
-4. A suspect (quarantine.py) runs alone: an executor is reserved for it, and takes nothing else until it has ended. Only
+5. A suspect (quarantine.py) runs alone: an executor is reserved for it, and takes nothing else until it has ended. Only
    realtime sessions may be beside it: they get no strikes, and waiting for them could block the executor for hours.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
 
-from gen_worker.pipe.messages import FunctionInfo
+from gen_worker.pipe.messages import Failure, FunctionInfo
 from supervisor.executor_handle import ExecutorHandle
-from supervisor.residency import ModelKey, Models, Residence, Residency
+from supervisor.model_names import Models
+from supervisor.residence import ModelKey, Residence, Room
+from supervisor.residency import Residency
 from supervisor.runs import Run, RunState
+
+PATIENCE_S: Final = 5.0
+"""How long the head of a lane waits for models in use to get idle by themselves. About what a load from disk takes:
+with less, two busy models on one GPU would be swapped more than used."""
 
 
 class _Lane:
     """The waiting runs of one function with the same models, in order."""
 
-    __slots__ = ("info", "keys", "limit", "waiting")
+    __slots__ = ("blocked_since", "info", "keys", "limit", "waiting")
 
     def __init__(self, info: FunctionInfo, keys: list[ModelKey], limit: int) -> None:
         self.info = info
@@ -33,6 +43,8 @@ class _Lane:
         self.limit = limit
         self.waiting: OrderedDict[int, Run] = OrderedDict()
         """By key; a run that ends while it waits leaves at once, so that none is counted or looked at in vain."""
+        self.blocked_since: float | None = None
+        """When all room was found to be in use; None: it is not."""
 
 
 class Lanes:
@@ -45,13 +57,20 @@ class Lanes:
         executors: Callable[[], Sequence[ExecutorHandle]],
         model_concurrency: int,
         start: Callable[[Run, ExecutorHandle], None],
+        fail: Callable[[Run, Failure], None],
         held: Callable[[], bool] = lambda: False,
     ) -> None:
-        """While `held` is true no run is started; `pump` is to be called when it is not any more."""
+        """`fail` is called for runs that no executor can ever take.
+
+        While `held` is true no run is started; `pump` is to be called when it is not any more.
+        """
         self._residency = residency
         self._executors = executors
         self._model_concurrency = model_concurrency
         self._start = start
+        self._fail = fail
+        self._loop = asyncio.get_running_loop()
+        self._patience: asyncio.TimerHandle | None = None
         self._held = held
         self._lanes: dict[tuple[str, Models], _Lane] = {}
         self._reserved: dict[ExecutorHandle, int] = {}
@@ -68,8 +87,11 @@ class Lanes:
         if lane is None:
             lane = _Lane(info, self._residency.keys(info, run.models), self.limit_of(info))
             self._lanes[info.name, run.models] = lane
+        if not lane.waiting:
+            lane.blocked_since = None
         lane.waiting[run.key] = run
         self._pump_lane(lane)
+        self._bring_models(lane)
 
     def changed(self, info: FunctionInfo) -> list[Run]:
         """A function is another than before; returns the waiting runs that were meant for its earlier models."""
@@ -83,7 +105,7 @@ class Lanes:
                 lane.info, lane.limit = info, self.limit_of(info)
         return unfit
 
-    def waiting_for(self, function: str) -> list[Run]:
+    def waiting_of(self, function: str) -> list[Run]:
         """The runs of a function that wait, whatever their models are."""
         return [run for (name, _), lane in self._lanes.items() if name == function for run in lane.waiting.values()]
 
@@ -99,7 +121,7 @@ class Lanes:
             lane = self._lanes.get((run.function, run.models))
             if lane is not None:
                 lane.waiting.pop(run.key, None)
-        if run.alone:
+        if run.key in self._reserved.values():
             self._release(run)
 
     def forget(self, handle: ExecutorHandle) -> None:
@@ -118,6 +140,18 @@ class Lanes:
         lanes.sort(key=lambda lane: next(iter(lane.waiting)))
         for lane in lanes:
             self._pump_lane(lane)
+        for lane in lanes:
+            self._bring_models(lane)
+
+    def waiting_for(self, model_id: str) -> Iterator[Run]:
+        """The runs that wait in a lane that has this model."""
+        for lane in self._lanes.values():
+            if any(model_id == needed for needed, _ in lane.keys):
+                yield from lane.waiting.values()
+
+    def keys(self) -> set[ModelKey]:
+        """All that is waited for."""
+        return {key for lane in self._lanes.values() if lane.waiting for key in lane.keys}
 
     def stranded(self, keys: set[ModelKey]) -> list[Run]:
         """The runs that wait for one of these models while no executor has it or loads it."""
@@ -138,19 +172,15 @@ class Lanes:
             if handle is None:
                 return
             del lane.waiting[run.key]
+            if self._reserved and not run.alone:
+                self._release(run)
             self._start(run, handle)
 
     def _choose(self, lane: _Lane, run: Run) -> ExecutorHandle | None:
         """The executor for the lane's next run; None: it waits (and what it waits for is under way)."""
-        able = [
-            handle
-            for handle in self._executors()
-            if handle.can_take(lane.info.name, lane.limit) and self._reserved.get(handle, run.key) == run.key
-        ]
+        able = self._able(lane, run)
         hot = [handle for handle in able if self._residency.state(handle, lane.keys) is Residence.HOT]
         if not hot:
-            if lane.keys:
-                self._load_for(lane, able)
             return None
         chosen = min(hot, key=load_of)
         if not run.alone:
@@ -165,28 +195,78 @@ class Lanes:
         """No executor is reserved for it any more."""
         self._reserved = {handle: key for handle, key in self._reserved.items() if key != run.key}
 
-    def _load_for(self, lane: _Lane, able: Sequence[ExecutorHandle]) -> None:
-        """Start a load when those that load the models already will not have room for all who wait.
-
-        Those that have them are full, or this would not be called: an idle executor does not wait for them.
-        """
-        states = {handle: self._residency.state(handle, lane.keys) for handle in self._executors()}
-        serving = sum(state is not None for state in states.values())
-        loading = sum(state is Residence.LOADING for state in states.values())
-        cold = [
+    def _able(self, lane: _Lane, run: Run) -> list[ExecutorHandle]:
+        """The executors with room for the run, whatever models they hold."""
+        return [
             handle
-            for handle in able
-            if states.get(handle) is None and not (serving and self._residency.has_failed(handle, lane.keys))
+            for handle in self._executors()
+            if handle.can_take(lane.info.name, lane.limit) and self._reserved.get(handle, run.key) == run.key
         ]
+
+    def _bring_models(self, lane: _Lane) -> None:
+        """Have the lane's models fetched and loaded, if runs wait for that.
+
+        A load is started when the executors that have the models, or load them already, will not have room for all who
+        wait. Those that have them are full, or no run would wait: an idle executor does not wait for them.
+        """
+        if not lane.waiting or not lane.keys:
+            return
+        states = {handle: self._residency.state(handle, lane.keys) for handle in self._executors()}
+        serving = sum(state in {Residence.HOT, Residence.LOADING} for state in states.values())
+        loading = sum(state is Residence.LOADING for state in states.values())
         for run in reversed(lane.waiting.values()):
             if run.state is not RunState.QUEUED:
                 break  # nor are those before it: this was here for them
             run.wait_for_model()
-        if not cold or (loading and len(lane.waiting) <= loading * (lane.limit or len(lane.waiting))):
+        if loading and len(lane.waiting) <= loading * (lane.limit or len(lane.waiting)):
             return
-        idle = [handle for handle in cold if not serving or not handle.load]
-        if idle:
-            self._residency.load(min(idle, key=load_of), lane.keys)
+        if serving and not any(state is None for state in states.values()):
+            return
+        if sum(not self._residency.fetch(model_id) for model_id, _ in lane.keys):  # each is asked for at once
+            return
+        able = self._able(lane, next(iter(lane.waiting.values())))
+        cold = [
+            handle
+            for handle in able
+            if states.get(handle) is None
+            and not (serving and (handle.load or self._residency.has_failed(handle, lane.keys)))
+        ]
+        self._load(lane, cold, serves=bool(serving))
+
+    def _load(self, lane: _Lane, cold: Sequence[ExecutorHandle], *, serves: bool) -> None:
+        """Load the lane's models on the best of `cold`, or find out why none will do."""
+        rooms = {handle: self._residency.room(handle, lane.keys) for handle in cold}
+        fit = [handle for handle in cold if rooms[handle] <= Room.EVICT]
+        if fit:
+            chosen = min(fit, key=lambda handle: (rooms[handle], load_of(handle)))
+            if self._residency.load(chosen, lane.keys):
+                lane.blocked_since = None
+                self._release(next(iter(lane.waiting.values())))
+        elif not serves:
+            failure = self._residency.refusal(lane.keys)
+            if failure is None:
+                self._wait_for_room(lane, [handle for handle in cold if rooms[handle] is Room.BUSY])
+                return
+            for run in list(lane.waiting.values()):
+                self._fail(run, failure)
+
+    def _wait_for_room(self, lane: _Lane, busy: Sequence[ExecutorHandle]) -> None:
+        """Be patient while what would have to leave is in use. What is being loaded is used before it leaves."""
+        run, now = next(iter(lane.waiting.values())), self._loop.time()
+        in_use = [handle for handle in busy if not self._residency.loading(handle)]
+        if not in_use:
+            lane.blocked_since = None
+            return
+        if lane.blocked_since is None:
+            lane.blocked_since = now
+        elif now - lane.blocked_since >= PATIENCE_S and run.key not in self._reserved.values():
+            self._reserved[min(in_use, key=load_of)] = run.key
+        if self._patience is None:
+            self._patience = self._loop.call_later(PATIENCE_S, self._patience_is_over)
+
+    def _patience_is_over(self) -> None:
+        self._patience = None
+        self.pump()
 
 
 def load_of(handle: ExecutorHandle) -> tuple[int, int]:

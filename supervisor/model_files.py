@@ -16,17 +16,20 @@ import asyncio
 import fcntl
 import logging
 import os
+import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from gen_worker.model_refs import ParsedModelRef, canonical_name, parse_model_ref
 from gen_worker.pipe.messages import Failure
+from gen_worker.weights import WeightsError, weight_bytes
 from supervisor.config_parse import LocalModel as Artifact
 from supervisor.model_source import LocalModel, SourceEvents
+from supervisor.observer import Observer
 from supervisor.transfer_process import TransferError, TransferProcess
 from supervisor.transfers.messages import FetchModel, ListModels, ModelFiles, ModelList
-from supervisor.transfers.snapshots import RECORDS, WEIGHT_SUFFIXES
+from supervisor.transfers.snapshots import RECORDS
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +38,18 @@ class HostModels:
     """See the module. All methods belong to the event loop."""
 
     def __init__(
-        self, artifacts: Mapping[str, Artifact], transfers: TransferProcess, *, hub: bool, at_once: int
+        self,
+        artifacts: Mapping[str, Artifact],
+        transfers: TransferProcess,
+        *,
+        hub: bool,
+        at_once: int,
+        observer: Observer | None = None,
     ) -> None:
         """`hub` is whether there is one for cozy refs; `at_once` how many models the transfer process takes at once."""
         self._transfers = transfers
         transfers.on_models_removed = self.models_removed
+        self._observer = observer or Observer()
         self._hub = hub
         self._prefetch_slots = max(1, at_once - 1)
         self._artifacts = {canonical_name(model_id): found for model_id, found in artifacts.items()}
@@ -154,7 +164,11 @@ class HostModels:
         return True
 
     async def _fetch_one(self, model_id: str) -> None:
+        started, first, last = time.monotonic(), -1, 0
+
         def progress(done_bytes: int, total_bytes: int, bytes_per_s: float) -> None:
+            nonlocal first, last
+            first, last = done_bytes if first < 0 else first, done_bytes
             if self._events is not None:
                 self._events.fetch_progress(model_id, done_bytes, total_bytes, bytes_per_s)
 
@@ -168,6 +182,8 @@ class HostModels:
         finally:
             self._fetching.pop(model_id, None)
             self._prefetching.discard(model_id)
+        if first >= 0 or failure is not None:  # else it was here already
+            self._observer.download_ended(model_id, last - max(0, first), time.monotonic() - started, failure)
         self._fetched(model_id, failure)
         self._prefetch_more()
 
@@ -196,7 +212,9 @@ class HostModels:
         return False
 
     def _know(self, found: ModelFiles) -> None:
-        self._local[found.ref] = LocalModel(found.root_dir, {}, found.metadata, found.weight_bytes)
+        self._local[found.ref] = LocalModel(
+            found.root_dir, {}, found.metadata, _counted(found.ref, Path(found.root_dir))
+        )
         self._locks[found.ref] = found.lock_file
 
     async def _list(self) -> None:
@@ -254,8 +272,18 @@ class HostModels:
             return
         for path in missing:
             log.warning("WORKER_MODEL_ARTIFACTS_JSON: model %s names %s, which is not there", model_id, path)
-        weights = sum(path.stat().st_size for path in root.rglob("*") if path.name.endswith(WEIGHT_SUFFIXES))
-        self._local[model_id] = LocalModel(artifact.root_dir, artifact.files, artifact.metadata, weights)
+        self._local[model_id] = LocalModel(
+            artifact.root_dir, artifact.files, artifact.metadata, _counted(model_id, root)
+        )
+
+
+def _counted(model_id: str, root: Path) -> int:
+    """Bytes of the weights; 0 when they can't be read, which the load will then say."""
+    try:
+        return weight_bytes(root)
+    except (OSError, WeightsError) as error:
+        log.warning("the weights of model %s can't be counted: %s", model_id, error)
+        return 0
 
 
 def _parsed(model_id: str) -> ParsedModelRef | None:

@@ -6,7 +6,7 @@ All calls are made on the supervisor's loop and return at once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,9 @@ class ModelSource(Protocol):
 
     def fetch(self, model_id: str) -> None:
         """Have it fetched unless that is under way; `model_fetched` or `fetch_failed` follows later."""
+
+    def prefetch(self, model_ids: Iterable[str]) -> None:
+        """Have these fetched, instead of what earlier calls named, while nobody waits for them yet."""
 
     def on_disk(self) -> Collection[str]:
         """The ids of all that is whole on disk."""

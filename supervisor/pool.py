@@ -3,7 +3,8 @@
 Owns: how many there are, when a dead one is replaced, and when a slot is given up.
 
 1. `start` spawns all slots at once; each reports when it is ready.
-2. A dead executor is replaced at once, and later and later when they keep dying (respawn.py).
+2. A dead executor is replaced at once, and later and later when they keep dying (respawn.py). One that was
+   recycled (drained, because of memory that it kept) is replaced at once, however often.
 3. BOOT_FAILURES deaths in a row before being ready close the slot: what it says will not change by itself.
 4. `renew` replaces one slot's executor on purpose, without backoff, and opens a closed slot again.
 """
@@ -228,7 +229,11 @@ class Pool:
             words = f"{handle.fatal.message} ({cause})" if handle.fatal else str(cause)
             if not was_ready:
                 self.last_reason = handle.fatal.reason if handle.fatal else ""
-            self._replace(slot, words, was_ready=was_ready)
+            if handle.recycled:
+                log.info("executor of slot %d was recycled (%s): replaced at once", slot.number, handle.recycled)
+                self._spawn(slot)
+            else:
+                self._replace(slot, words, was_ready=was_ready)
         slot.renewing = False
         if not self.handles:
             self._empty.set()

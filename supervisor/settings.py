@@ -355,7 +355,7 @@ class Settings:
 
 NOT_USED_YET: Final = frozenset(
     {
-        "WORKER_WARM_SPARE", "WORKER_HOST_CACHE_GB", "WORKER_MAX_VRAM_GB", "WORKER_VRAM_SAFETY_MARGIN_GB", "TENANT_ID",
+        "WORKER_WARM_SPARE", "TENANT_ID",
     }
 )  # fmt: skip
 """Variables that are read and checked, and have no effect in this version; help and documentation say so."""

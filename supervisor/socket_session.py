@@ -14,7 +14,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from gen_worker.pipe.messages import EVENT_OVERHEAD_BYTES, ErrorType, Failure
-from supervisor.residency import Models
+from supervisor.model_names import Models
 from supervisor.runs import SAFE_CRASHED, Run, RunState
 
 if TYPE_CHECKING:

@@ -27,8 +27,9 @@ from gen_worker.pipe.messages import EVENT_OVERHEAD_BYTES, CancelCause, Failure,
 from supervisor.backlog import Backlog
 from supervisor.executor_handle import OUTPUT_CAP_BYTES, ExecutorHandle
 from supervisor.lanes import Lanes
+from supervisor.model_names import ModelRefused, Models
 from supervisor.outbox import Outbox
-from supervisor.residency import ModelRefused, Models, Residency
+from supervisor.residency import Residency
 from supervisor.runs import RunState, invalid
 from supervisor.socket_room import SocketRoom
 from supervisor.socket_session import (
@@ -122,7 +123,7 @@ class Sockets:
         failure = self._refusal() if session_id else invalid("session_id is empty")
         try:
             if info.injections and failure is None:
-                models = self._residency.resolve(info, command.required_models, b"")
+                models = self._residency.names.resolve(info, command.required_models, b"")
         except ModelRefused as refused:
             failure = refused.failure
         if failure is not None:
@@ -171,6 +172,7 @@ class Sockets:
         """An executor has room for it."""
         if not session.start(handle, self._loop.time()):
             return
+        self._residency.acquire(handle, session.models)
         self._backlog.run_left(0)
         session.window = window
         deadline = 0.0
@@ -200,9 +202,6 @@ class Sockets:
         if session.handle is not None:
             session.handle.send_socket_credit(key, size)
         return True
-
-    def users_of(self, model_id: str) -> int:
-        return sum(any(used == model_id for _, used in session.models) for session in self._sessions.values())
 
     def refuse_waiting(self, failure: Failure) -> None:
         """Close those that no executor has yet."""
@@ -316,6 +315,7 @@ class Sockets:
         self._lanes.remove(session)
         if handle is not None:
             handle.release(session)
+            self._residency.release(handle, session.models)
         self._remember(session.run_id)
         self._ended()
 

@@ -20,6 +20,7 @@ import psutil
 from gen_worker._version import __version__
 from supervisor.devices import Device, DeviceError, DeviceMemory, DeviceProbe
 from supervisor.dispatcher import Dispatcher
+from supervisor.executor_handle import ExecutorHandle
 from supervisor.pool import SlotView
 from supervisor.residency import HeldModel
 from supervisor.runs import Run
@@ -70,6 +71,7 @@ class Ledger(Protocol):
 
     def held(self) -> Iterable[HeldModel]: ...
     def disk_models(self) -> Sequence[str]: ...
+    def model_bytes(self, handle: ExecutorHandle, model_id: str) -> int: ...
     def bytes_on(self, device: Device) -> int: ...
     def reserved_on(self, device: Device) -> int: ...
 
@@ -188,8 +190,10 @@ class StatusSource:
             ModelStatus(
                 id=model_id,
                 state=min((model.state.value for model in found), key=nearest.index),
-                executors=sorted({model.handle.name for model in found}),
-                device_bytes=sum(model.device_bytes for model in found),
+                executors=sorted(handle.name for handle in {model.handle for model in found}),
+                device_bytes=sum(
+                    self.ledger.model_bytes(handle, model_id) for handle in {each.handle for each in found}
+                ),
             )
             for model_id, found in held.items()
         ]

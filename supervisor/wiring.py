@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from supervisor.auth import AuthSettings
 from supervisor.backoff import ReconnectSettings
+from supervisor.device_meter import MemoryLimits
 from supervisor.devices import Device
 from supervisor.dispatcher import FileService, Limits
 from supervisor.executor_place import ExecutorPlace
@@ -161,6 +162,12 @@ def transfer_settings(
         gpu_sm=min((int(device.sm) for device in devices if device.sm.isdigit()), default=0),
         files=files or FileSettings(),
     )
+
+
+def memory_limits(settings: Settings, executors: int) -> MemoryLimits:
+    """The host cache is shared out evenly, so that each executor's ledger decides alone."""
+    host_gb = settings.host_cache_gb / max(1, executors)
+    return MemoryLimits(settings.max_vram_gb, settings.vram_safety_margin_gb, host_gb)
 
 
 def _text(path: Path | None) -> str | None:

@@ -24,6 +24,8 @@ from supervisor.exit_codes import ExitCode
 from supervisor.family import FAMILY
 from supervisor.inbound import Inbound
 from supervisor.model_files import HostModels
+from supervisor.model_names import ModelNames
+from supervisor.model_sizes import ModelSizes
 from supervisor.observer import Observers
 from supervisor.oom import OomWatch, find_counter
 from supervisor.outbox import DELIVERED_S
@@ -41,6 +43,7 @@ from supervisor.wiring import (
     file_service,
     file_settings,
     limits,
+    memory_limits,
     open_monitoring,
     open_tracing,
     open_transport,
@@ -85,7 +88,6 @@ class Worker:
         self._oom = OomWatch(find_counter())
         self._project_root = str(Path.cwd())
         self._modules = tenant.modules
-        self._residency = Residency(tenant.models, settings.model_artifacts)
         self._probe = open_probe(
             gpus=settings.gpus,
             visible=environ.get("CUDA_VISIBLE_DEVICES"),
@@ -93,7 +95,7 @@ class Worker:
             fake_count=settings.fake_gpu_count,
             fake_memory_bytes=settings.fake_gpu_memory_bytes,
             fake_name=settings.fake_gpu_name,
-            held=self._residency.bytes_on,
+            held=self._held,
         )
         self._transfers = TransferProcess(
             transfer_settings(settings, self._probe.devices, self._files),
@@ -104,8 +106,15 @@ class Worker:
             self._transfers,
             hub=bool(settings.cozy_hub_url),
             at_once=settings.max_concurrent_downloads,
+            observer=observer,
         )
-        self._labels = tenant.models
+        self._residency = Residency(
+            ModelNames(tenant.models, self._model_files),
+            self._model_files,
+            limits=memory_limits(settings, len(self._probe.devices)),
+            probe=self._probe,
+            sizes=ModelSizes(settings.model_cache_dir),
+        )
         self._store = ResultStore(settings.outbox_dir, settings.worker_id) if settings.outbox_dir else None
         self._dispatcher = Dispatcher(
             limits=limits(settings),
@@ -116,6 +125,7 @@ class Worker:
             keeper=self._store,
             observer=observer,
         )
+        self._model_files.listen(self._dispatcher.news)
         self._pool = Pool(
             self._probe.devices,
             init=self._init_message,
@@ -134,7 +144,7 @@ class Worker:
             transport=open_transport(settings),
             auth=Auth(auth_settings(settings), conceal=logs.add_secrets),
             outgoing=self._dispatcher.outbox,
-            incoming=Inbound(self._dispatcher, self._residency, self._model_files.prefetch),
+            incoming=Inbound(self._dispatcher, self._residency),
             registration=registration.encode,
             observer=observer,
         )
@@ -167,7 +177,7 @@ class Worker:
             await self._store.open()
         self._pool.start()
         self._model_files.start(self._settings.model_cache_dir)
-        self._model_files.prefetch(self._labels.values())
+        self._residency.prefetch()
         session = loop.create_task(self._serve())
         session.add_done_callback(lambda _: self._events.put_nowait("the session ended"))
         event = await self._events.get()
@@ -295,6 +305,10 @@ class Worker:
         if self._pool.ready:
             self._first_ready.set()
         self._session.announce()
+
+    def _held(self, device: Device) -> int:
+        """What the executors of a simulated device say that they hold."""
+        return sum(handle.memory.device_bytes for handle in self._pool.handles if handle.device.uuid == device.uuid)
 
     def _init_message(self, slot: int, device: Device) -> Init:
         settings = self._settings

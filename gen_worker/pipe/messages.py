@@ -14,6 +14,7 @@ one run can't be taken for another that reuses its `run_id`.
     SocketCredit                        SocketCredit
     LoadModel, UnloadModel              ModelLoaded, ModelUnloaded
     FileReply                           FetchFile, StoreFile
+                                        Memory      before each of these two
     Free        a blob was read         Free
     Shutdown                            Fatal       why it is about to leave
 """
@@ -151,6 +152,8 @@ class LoadModel(msgspec.Struct, frozen=True, array_like=True, tag=5):
 
 class UnloadModel(msgspec.Struct, frozen=True, array_like=True, tag=6):
     model_id: str
+    to_host: bool = False
+    """Keep it in host memory, for a later LoadModel; false: drop it, such a copy included."""
 
 
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=7):
@@ -262,15 +265,21 @@ class ModelLoaded(msgspec.Struct, frozen=True, array_like=True, tag=23):
     model_id: str
     type_name: str
     device_bytes: int
-    """By which the load raised what the allocator holds on the device; 0 on the CPU."""
+    """By which the load raised what is held on the device (see Memory)."""
     seconds: float
     failure: Failure | None = None
+    poisoned: bool = False
+    """As in Result: the load cost the executor its device context."""
 
 
 class ModelUnloaded(msgspec.Struct, frozen=True, array_like=True, tag=24):
     model_id: str
     device_bytes: int
+    """By which the unload lowered what is held on the device."""
     failure: Failure | None = None
+    host_bytes: int = 0
+    """What its copy in host memory takes; 0: there is none."""
+    poisoned: bool = False
 
 
 class Fatal(msgspec.Struct, frozen=True, array_like=True, tag=25):
@@ -302,12 +311,23 @@ class StoreFile(msgspec.Struct, frozen=True, array_like=True, tag=27):
     ticket: bytes
 
 
+class Memory(msgspec.Struct, frozen=True, array_like=True, tag=28):
+    """What the executor holds, by its own count."""
+
+    device_bytes: int
+    """On a GPU what torch's allocator has given out; else the tensors of the models that are loaded or were leaked."""
+    reserved_bytes: int
+    """What torch's allocator keeps of the GPU, given out or not; 0 without a GPU."""
+    host_bytes: int
+    """Copies of models in host memory."""
+
+
 Downward = (
     Init | Run | Cancel | Credit | LoadModel | UnloadModel | Shutdown | Free | FileReply
     | SocketOpen | SocketFrame | SocketClose | SocketCredit
 )  # fmt: skip
 Upward = (
-    Ready | Event | Result | ModelLoaded | ModelUnloaded | Fatal | Free | FetchFile | StoreFile
+    Ready | Event | Result | ModelLoaded | ModelUnloaded | Fatal | Free | FetchFile | StoreFile | Memory
     | SocketFrame | SocketClose | SocketCredit
 )  # fmt: skip
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,12 @@ from gen_worker.pipe.messages import (
     FunctionInfo,
     FunctionMode,
     InjectionInfo,
+    LoadModel,
     ModelLoaded,
+    ModelUnloaded,
     Ready,
     Result,
+    UnloadModel,
     Upward,
     decode_downward,
     encode,
@@ -27,19 +30,75 @@ from gen_worker.pipe.messages import Run as RunMessage
 from gen_worker.wire import worker_scheduler_pb2 as pb
 from supervisor import executor_handle
 from supervisor.child import ExitCause
-from supervisor.devices import Device
+from supervisor.device_meter import MemoryLimits
+from supervisor.devices import Device, DeviceMemory
 from supervisor.dispatcher import Dispatcher, FileService, Limits
 from supervisor.executor_handle import ExecutorHandle, HandleState
+from supervisor.model_names import ModelNames
+from supervisor.model_sizes import ModelSizes
+from supervisor.model_source import LocalModel
 from supervisor.observer import Observer
 from supervisor.residency import Residency
 from supervisor.transfers.messages import ReplyT, RequestBody
 
 
-@dataclass(frozen=True)
-class ModelDir:
-    root_dir: str = "/models/m"
-    files: Mapping[str, str] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
+@dataclass
+class Shelf:
+    """A ModelSource without a disk: the models and the sizes of their weights that the test gives it."""
+
+    models: dict[str, int]
+    cold: set[str] = field(default_factory=set)
+    """Of `models`, those that have to be fetched."""
+    fetches: list[str] = field(default_factory=list)
+    prefetched: list[str] = field(default_factory=list)
+    """What the last prefetch named."""
+    holds: Counter[str] = field(default_factory=Counter)
+
+    def knows(self, model_id: str) -> bool:
+        return model_id in self.models
+
+    def local(self, model_id: str) -> LocalModel | None:
+        if model_id not in self.models or model_id in self.cold:
+            return None
+        return LocalModel(f"/models/{model_id}", {}, {}, self.models[model_id])
+
+    def fetch(self, model_id: str) -> None:
+        self.fetches.append(model_id)
+
+    def prefetch(self, model_ids: Iterable[str]) -> None:
+        self.prefetched = list(model_ids)
+
+    def on_disk(self) -> Collection[str]:
+        return self.models.keys() - self.cold
+
+    def hold(self, model_id: str) -> None:
+        self.holds[model_id] += 1
+
+    def release(self, model_id: str) -> None:
+        self.holds[model_id] -= 1
+        assert self.holds[model_id] >= 0
+
+
+class Gauge:
+    """A DeviceProbe whose figures the test sets: what executors hold, and what others use beside them."""
+
+    driver_version = "gauge"
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+        self.others: Counter[str] = Counter()
+
+    @property
+    def devices(self) -> Sequence[Device]:
+        return [executor.handle.device for executor in self._rig.executors]
+
+    def utilization(self, device: Device) -> float | None:
+        return None
+
+    def memory(self, device: Device) -> DeviceMemory:
+        held = sum(each.held for each in self._rig.executors if each.handle.device == device and each.is_alive)
+        used = held + self.others[device.uuid]
+        return DeviceMemory(used, device.memory_bytes - used)
 
 
 class RecordingChild:
@@ -83,8 +142,11 @@ class RecordingChild:
 class Executor:
     """One handle and its child, driven by the test."""
 
-    def __init__(self, rig: Rig, slot: int, threads: int) -> None:
-        device = Device(f"GPU-{slot}", "GPU", 2**30, "90", "cuda:0", f"GPU-{slot}")
+    def __init__(self, rig: Rig, slot: int, threads: int, memory: int = 2**30) -> None:
+        device = Device(f"GPU-{slot}", "GPU", memory, "90", "cuda:0", f"GPU-{slot}")
+        self._rig = rig
+        self.held = 0
+        """Bytes that its device shows as used by it."""
         self.handle = ExecutorHandle(slot, 0, device, threads, rig.dispatcher)
         child: Any = self.handle._child
         assert isinstance(child, RecordingChild)
@@ -111,7 +173,31 @@ class Executor:
         self.say(Result(self.key_of(run_id), output))
 
     def load_done(self, model_id: str, type_name: str = "t.T", device_bytes: int = 1000) -> None:
+        self.held += device_bytes
         self.say(ModelLoaded(model_id, type_name, device_bytes, 0.1))
+
+    def unload_done(self, model_id: str, device_bytes: int = 1000, *, host_bytes: int = 0) -> None:
+        self.held -= device_bytes
+        self.say(ModelUnloaded(model_id, device_bytes, None, host_bytes))
+
+    @property
+    def loads(self) -> list[str]:
+        """The models that it was told to load, in order."""
+        return [message.model_id for message in self.sent(LoadModel)]
+
+    @property
+    def unloads(self) -> list[str]:
+        return [message.model_id for message in self.sent(UnloadModel)]
+
+    @property
+    def order(self) -> tuple[str, str] | None:
+        """What it does for its models now: (model, type) of a load, (model, "") of an unload."""
+        models = self._rig.residency._executors.get(self.handle)
+        return None if models is None or models._order is None else models._order.key
+
+    @property
+    def is_alive(self) -> bool:
+        return self.handle.state is not HandleState.DEAD
 
 
 class RecordingTransfers:
@@ -136,13 +222,27 @@ class Rig:
         executors: int = 1,
         threads: int = 64,
         limits: Limits | None = None,
-        models: Sequence[str] = (),
+        models: Sequence[str] | Mapping[str, int] = (),
         labels: Mapping[str, str] | None = None,
         ready: bool = True,
         observer: Observer | None = None,
+        memory: int = 2**30,
+        memory_limits: MemoryLimits | None = None,
+        sizes: ModelSizes | None = None,
     ) -> None:
+        """`models` may say the bytes of each one's weights, `memory` is that of each executor's device."""
         self.functions = tuple(functions)
-        self.residency = Residency(labels or {}, {model: ModelDir(f"/models/{model}") for model in models})
+        self.memory = memory
+        self.executors: list[Executor] = []
+        self.source = Shelf(dict(models) if isinstance(models, Mapping) else dict.fromkeys(models, 0))
+        self.probe = Gauge(self)
+        self.residency = Residency(
+            ModelNames(labels or {}, self.source),
+            self.source,
+            limits=memory_limits or MemoryLimits(None, 0.0),
+            probe=self.probe,
+            sizes=sizes or ModelSizes(None),
+        )
         self.changes = 0
         self.transfers = RecordingTransfers()
         self.dispatcher = Dispatcher(
@@ -153,7 +253,6 @@ class Rig:
             observer=observer,
             files=FileService(self.transfers),
         )
-        self.executors: list[Executor] = []
         for _ in range(executors):
             self.add_executor(threads=threads, ready=ready)
 
@@ -161,7 +260,7 @@ class Rig:
         self.changes += 1
 
     def add_executor(self, *, threads: int = 64, ready: bool = True) -> Executor:
-        executor = Executor(self, len(self.executors), threads)
+        executor = Executor(self, len(self.executors), threads, self.memory)
         self.executors.append(executor)
         if ready:
             executor.say(Ready(PIPE_PROTOCOL, self.functions, {}))

@@ -251,6 +251,16 @@ def test_indices_of_worker_gpus_count_among_the_visible(host: Host) -> None:
         open_here(gpus=("GPU-2",), visible="2,0")
 
 
+def test_memory_and_executor_go_by_uuid_in_whatever_order_gpus_are_counted(host: Host) -> None:
+    host.cards = [Part("GPU-1", used=GIB), Part("GPU-2", used=2 * GIB), Part("GPU-3", used=3 * GIB)]
+    probe = open_here(visible="2,0")
+    assert [(device.visible, probe.memory(device).used_bytes) for device in probe.devices] == [
+        ("GPU-3", 3 * GIB),
+        ("GPU-1", GIB),
+    ]
+    assert {device.torch_device for device in probe.devices} == {"cuda:0"}, "each executor sees its one GPU alone"
+
+
 def test_no_driver(host: Host) -> None:
     host.driver = False
     probe = open_here()

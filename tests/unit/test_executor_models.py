@@ -13,7 +13,7 @@ from executor.loaders import load_object
 from executor.models import ModelStore
 from gen_worker.errors import FatalError
 from gen_worker.injection import ModelArtifacts
-from gen_worker.pipe.messages import Failure, LoadModel, ModelLoaded, ModelUnloaded, UnloadModel, Upward
+from gen_worker.pipe.messages import Failure, LoadModel, Memory, ModelLoaded, ModelUnloaded, UnloadModel, Upward
 
 
 class Plain:
@@ -93,8 +93,20 @@ class Store:
 
     def load(self, name: str, root: Path) -> ModelLoaded:
         self.store.load(LoadModel("m", f"t.{name}", str(root), {}, {}))
-        answer = self.answers.get(timeout=20)
+        answer = self.answer()
         assert isinstance(answer, ModelLoaded)
+        return answer
+
+    def unload(self, model_id: str = "m", *, to_host: bool = False) -> ModelUnloaded:
+        self.store.unload(UnloadModel(model_id, to_host))
+        answer = self.answer()
+        assert isinstance(answer, ModelUnloaded)
+        return answer
+
+    def answer(self) -> Upward:
+        """The next that is no Memory, which is kept."""
+        while isinstance(answer := self.answers.get(timeout=20), Memory):
+            self.memory = answer
         return answer
 
 
@@ -140,8 +152,7 @@ def test_an_object_is_loaded_once_and_shared(store: Store, tmp_path: Path) -> No
 def test_unload_drops_every_type_of_the_model(store: Store, tmp_path: Path) -> None:
     store.load("Plain", tmp_path)
     store.load("Bare", tmp_path)
-    store.store.unload(UnloadModel("m"))
-    assert store.answers.get(timeout=20) == ModelUnloaded("m", 0)
+    assert store.unload() == ModelUnloaded("m", 0)
     for name in ("t.Plain", "t.Bare"):
         with pytest.raises(KeyError):
             store.store.inject("m", name)
@@ -163,11 +174,13 @@ def test_failures_name_model_type_directory_and_reason(
 
 
 def test_a_load_that_costs_the_context_is_told(store: Store, tmp_path: Path) -> None:
-    failure = store.load("Poisonous", tmp_path).failure
+    failure_of_load = store.load("Poisonous", tmp_path)
+    failure = failure_of_load.failure
     assert failure is not None
     assert failure.retryable
-    store.store.unload(UnloadModel("m"))
-    store.answers.get(timeout=20)
+    assert failure_of_load.poisoned, "in the one message, so that no run is sent in between"
+    assert isinstance(store.answer(), ModelLoaded)  # what a process that leaves does not get to
+    store.unload()
     assert store.poisoned[0][0] == "loading m"
 
 

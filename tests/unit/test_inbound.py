@@ -60,10 +60,19 @@ async def test_deployment_model_config(rig: Rig, inbound: Inbound) -> None:
     inbound.handle(message(deployment_model_config=config))
     inbound.handle(request("r1", "g"))
     assert rig.results()["r1"].error_message == (
-        "model cozy:org/b:latest is not on this host: WORKER_MODEL_ARTIFACTS_JSON does not name it"
+        "model cozy:org/b:latest is not on this host, nor can it be fetched, "
+        "and WORKER_MODEL_ARTIFACTS_JSON does not name it"
     )
     inbound.handle(request("r2", "g", required_models=[A]))
     assert rig.results()["r2"].safe_message == "model not allowed"
+
+
+async def test_what_is_allowed_is_fetched_before_it_is_asked_for(rig: Rig, inbound: Inbound) -> None:
+    rig.source.models.update({"hf:org/c@main": 0, "cozy:org/d:latest": 0})
+    rig.source.cold = {"hf:org/c@main", "cozy:org/d:latest"}
+    config = pb.DeploymentModelConfig(supported_model_ids=["hf:org/c@main", A, "cozy:org/unheard-of"])
+    inbound.handle(message(deployment_model_config=config))
+    assert rig.source.prefetched == [A, "hf:org/c@main"], "d is not allowed, the last can't be had"
 
 
 async def test_realtime_sessions(rig: Rig, inbound: Inbound) -> None:
@@ -115,7 +124,7 @@ async def test_a_defect_in_one_message_costs_no_other(
     rig: Rig, inbound: Inbound, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(rig.residency, "resolve", None)
+        patch.setattr(rig.residency.names, "resolve", None)
         inbound.handle(request("r1", "g"))
     assert "handling a run_request of the scheduler failed" in caplog.text
     inbound.handle(request("r2"))

@@ -353,13 +353,13 @@ async def test_models_are_loaded_before_it_opens(make: MakeRig) -> None:
     rig.open(required_models=[B])
     rig.send("s", b"early")
     assert executor.sent(SocketOpen) == []
-    assert rig.dispatcher._users_of(B) == 1
     executor.load_done(B)
     (opened,) = executor.sent(SocketOpen)
     assert opened.models == {"p0": B}
     assert frames(executor) == [b"early"]
+    assert rig.residency.ledger(executor.handle).is_pinned(B)
     end(executor)
-    assert rig.dispatcher._users_of(B) == 0
+    assert not rig.residency.ledger(executor.handle).is_pinned(B)
 
 
 @pytest.mark.parametrize("crash", [False, True])

@@ -1,7 +1,8 @@
 """What the weight files of a model directory say about how to load it.
 
 Owns: reading safetensors headers (8 bytes of length, then JSON; https://github.com/huggingface/safetensors#format) and
-the file names of diffusers' variants. Nothing is loaded here and torch is not needed.
+the file names of diffusers' variants. Nothing is loaded here and torch is not needed, so both processes may ask: an
+executor what to load, the supervisor how much room that takes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ _FLOAT_DTYPES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "B
 """safetensors' names -> torch's. What is quantized (F8 and integers) is left to the loading library."""
 _VARIANT: Final = re.compile(r"[^.]+\.(?P<variant>[A-Za-z0-9_]+)(?:-\d{5}-of-\d{5})?\.safetensors")
 """`diffusion_pytorch_model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`."""
+
+
+_OTHER_WEIGHTS: Final = frozenset(
+    {".bin", ".ckpt", ".engine", ".flashpack", ".gguf", ".npz", ".onnx", ".plan", ".pt", ".pth"}
+)  # fmt: skip
+"""Counted where a folder has no safetensors, which every library prefers."""
 
 
 class WeightsError(ValueError):
@@ -60,11 +67,31 @@ def dtype_of(root: Path, variant: str | None = None) -> str | None:
     return _FLOAT_DTYPES.get(sizes.most_common(1)[0][0])
 
 
+def weight_bytes(root: Path) -> int:
+    """Bytes of the weight files that would be loaded from `root`: one variant of each folder. Raises OSError."""
+    variant, safetensors, total = variant_of(root), _by_folder(root), 0
+    for files in safetensors.values():
+        wanted = [path for path in files if variant and f".{variant}" in path.name]
+        wanted = wanted or [path for path in files if not _VARIANT.fullmatch(path.name)] or files
+        total += sum(path.stat().st_size for path in wanted)
+    for path in _files(root):
+        if path.suffix in _OTHER_WEIGHTS and path.parent not in safetensors:
+            total += path.stat().st_size
+    return total
+
+
 def _by_folder(root: Path) -> dict[Path, list[Path]]:
     folders: dict[Path, list[Path]] = defaultdict(list)
-    for path in sorted(root.rglob("*.safetensors")):
-        folders[path.parent].append(path)
+    for path in _files(root):
+        if path.suffix == ".safetensors":
+            folders[path.parent].append(path)
     return folders
+
+
+def _files(root: Path) -> list[Path]:
+    """All files, less those at the root of a pipeline of folders: a checkpoint there repeats what the folders have."""
+    is_pipeline = (root / "model_index.json").is_file()
+    return [path for path in sorted(root.rglob("*")) if path.is_file() and not (is_pipeline and path.parent == root)]
 
 
 def _bytes_by_dtype(path: Path) -> Counter[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from executor.weights import WeightsError, dtype_of, variant_of
+from gen_worker.weights import WeightsError, dtype_of, variant_of
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
