@@ -44,7 +44,7 @@ def to_host(value: object, device: str) -> HostCopy | None:
     """
     import torch
 
-    tensors = _movable(value, torch)
+    tensors = _movable(value, device, torch)
     if not tensors:
         return None
     offsets, size = [], 0
@@ -80,18 +80,23 @@ def to_device(copy: HostCopy, device: str) -> None:
 
 def drop(copy: HostCopy) -> None:
     """Undo the registration; the memory goes when the tensors do."""
-    if copy.is_pinned:
-        torch: Any = importlib.import_module("torch")
+    if not copy.is_pinned:
+        return
+    torch: Any = importlib.import_module("torch")
+    try:
         torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(copy.buffer.data_ptr())))
+    except RuntimeError as error:
+        log.error("host memory of %d bytes stays page-locked: %s", copy.size, error)
 
 
-def _movable(value: object, torch: Any) -> list[Any]:
-    """Each tensor once; none when one is of a kind whose data can't simply be replaced (quantized, offloaded)."""
+def _movable(value: object, device: str, torch: Any) -> list[Any]:
+    """Each tensor once; none when the data of one can't simply be replaced (quantized), or is elsewhere (offloaded)."""
     tensors: dict[int, Any] = {}
+    where = torch.device(device).type
     for module in modules_of(value):
         for tensor in (*module.parameters(), *module.buffers()):
             plain = type(tensor) in {torch.nn.Parameter, torch.Tensor} and tensor.layout == torch.strided
-            if not plain or tensor.device.type == "meta":
+            if not plain or tensor.device.type != where:
                 return []
             tensors[id(tensor)] = tensor
     return list(tensors.values())

@@ -7,6 +7,7 @@ executor what to load, the supervisor how much room that takes.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -16,6 +17,8 @@ import msgspec
 
 HEADER_CAP_BYTES: Final = 100 * 1024 * 1024
 """The safetensors library's own limit."""
+FILES_CAP: Final = 10_000
+"""Far more than any model has: counting a directory that is something else must not hold the supervisor up."""
 
 _FLOAT_DTYPES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """safetensors' names -> torch's. What is quantized (F8 and integers) is left to the loading library."""
@@ -44,12 +47,7 @@ _TENSOR = msgspec.json.Decoder(_Tensor)
 
 def variant_of(root: Path) -> str | None:
     """The diffusers variant to ask for: one that a folder holds which holds no plain weights; else None."""
-    variants: Counter[str] = Counter()
-    for files in _by_folder(root).values():
-        found = [_VARIANT.fullmatch(path.name) for path in files]
-        if all(found):
-            variants.update({match["variant"] for match in found if match})
-    return variants.most_common(1)[0][0] if variants else None
+    return _variant_of(_with_safetensors(_files(root)))
 
 
 def dtype_of(root: Path, variant: str | None = None) -> str | None:
@@ -58,7 +56,7 @@ def dtype_of(root: Path, variant: str | None = None) -> str | None:
     Of a folder with weights of the variant only those count. Raises WeightsError for a file with a broken header.
     """
     sizes: Counter[str] = Counter()
-    for files in _by_folder(root).values():
+    for files in _with_safetensors(_files(root)).values():
         chosen = [path for path in files if variant and f".{variant}" in path.name] or files
         for path in chosen:
             sizes.update(_bytes_by_dtype(path))
@@ -68,30 +66,46 @@ def dtype_of(root: Path, variant: str | None = None) -> str | None:
 
 
 def weight_bytes(root: Path) -> int:
-    """Bytes of the weight files that would be loaded from `root`: one variant of each folder. Raises OSError."""
-    variant, safetensors, total = variant_of(root), _by_folder(root), 0
-    for files in safetensors.values():
-        wanted = [path for path in files if variant and f".{variant}" in path.name]
-        wanted = wanted or [path for path in files if not _VARIANT.fullmatch(path.name)] or files
+    """Bytes of the weight files that would be loaded from `root`: one variant of each folder.
+
+    Raises OSError, and WeightsError for a directory with more than FILES_CAP entries.
+    """
+    files = _files(root, FILES_CAP)
+    folders = _with_safetensors(files)
+    variant, total = _variant_of(folders), 0
+    for found in folders.values():
+        wanted = [path for path in found if variant and f".{variant}" in path.name]
+        wanted = wanted or [path for path in found if not _VARIANT.fullmatch(path.name)] or found
         total += sum(path.stat().st_size for path in wanted)
-    for path in _files(root):
-        if path.suffix in _OTHER_WEIGHTS and path.parent not in safetensors:
-            total += path.stat().st_size
-    return total
+    return total + sum(
+        path.stat().st_size for path in files if path.suffix in _OTHER_WEIGHTS and path.parent not in folders
+    )
 
 
-def _by_folder(root: Path) -> dict[Path, list[Path]]:
+def _variant_of(folders: dict[Path, list[Path]]) -> str | None:
+    variants: Counter[str] = Counter()
+    for files in folders.values():
+        found = [_VARIANT.fullmatch(path.name) for path in files]
+        if all(found):
+            variants.update({match["variant"] for match in found if match})
+    return variants.most_common(1)[0][0] if variants else None
+
+
+def _with_safetensors(files: list[Path]) -> dict[Path, list[Path]]:
     folders: dict[Path, list[Path]] = defaultdict(list)
-    for path in _files(root):
+    for path in files:
         if path.suffix == ".safetensors":
             folders[path.parent].append(path)
     return folders
 
 
-def _files(root: Path) -> list[Path]:
+def _files(root: Path, cap: int | None = None) -> list[Path]:
     """All files, less those at the root of a pipeline of folders: a checkpoint there repeats what the folders have."""
     is_pipeline = (root / "model_index.json").is_file()
-    return [path for path in sorted(root.rglob("*")) if path.is_file() and not (is_pipeline and path.parent == root)]
+    entries = list(itertools.islice(root.rglob("*"), None if cap is None else cap + 1))
+    if cap is not None and len(entries) > cap:
+        raise WeightsError(f"{root} has more than {cap} files and folders: it does not look like a model's directory")
+    return [path for path in sorted(entries) if path.is_file() and not (is_pipeline and path.parent == root)]
 
 
 def _bytes_by_dtype(path: Path) -> Counter[str]:

@@ -122,8 +122,18 @@ class ExecutorModels:
         return Room.BUSY if self._leaving or self.handle.load else Room.NONE
 
     def need(self, keys: Sequence[ModelKey]) -> int:
-        """Bytes that loading what is missing of `keys` is expected to take."""
-        return sum(self._estimate(key, self._source.local(key[0])) for key in keys if key not in self.states)
+        """Bytes that loading what is missing of `keys` is expected to take; the weights of a model count once."""
+        total, by_weights = 0, set()
+        for key in keys:
+            found = self._source.local(key[0])
+            if key in self.states or found is None:
+                continue
+            if self._sizes.measured(*key, found.weight_bytes) is None:
+                if key[0] in by_weights:
+                    continue  # pipeline and tokenizer of one directory, say: only one of them can have them
+                by_weights.add(key[0])
+            total += self._estimate(key, found)
+        return total
 
     def recycle_if_it_leaks(self) -> bool:
         """Recycle it when its device shows far more in use than its models, although nothing runs."""
@@ -373,8 +383,8 @@ class ExecutorModels:
 
     # -- figures ------------------------------------------------------------------------------
 
-    def _estimate(self, key: ModelKey, found: LocalModel | None) -> int:
-        if found is None or key[1] == _FILES_TYPE:
+    def _estimate(self, key: ModelKey, found: LocalModel) -> int:
+        if key[1] == _FILES_TYPE:
             return 0
         measured = self._sizes.measured(*key, found.weight_bytes)
         if measured is not None:

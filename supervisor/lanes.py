@@ -220,10 +220,6 @@ class Lanes:
             run.wait_for_model()
         if loading and len(lane.waiting) <= loading * (lane.limit or len(lane.waiting)):
             return
-        if serving and not any(state is None for state in states.values()):
-            return
-        if sum(not self._residency.fetch(model_id) for model_id, _ in lane.keys):  # each is asked for at once
-            return
         able = self._able(lane, next(iter(lane.waiting.values())))
         cold = [
             handle
@@ -231,6 +227,10 @@ class Lanes:
             if states.get(handle) is None
             and not (serving and (handle.load or self._residency.has_failed(handle, lane.keys)))
         ]
+        if serving and not cold:
+            return
+        if sum(not self._residency.fetch(model_id) for model_id, _ in lane.keys):  # each is asked for at once
+            return
         self._load(lane, cold, serves=bool(serving))
 
     def _load(self, lane: _Lane, cold: Sequence[ExecutorHandle], *, serves: bool) -> None:

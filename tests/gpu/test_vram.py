@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 
 from gen_worker.torch_build import cuda_version
+from tests.support.weights import write_weights
 from tests.support.worker_process import Chain, chain, eventually
 
 pytestmark = [
@@ -53,19 +54,6 @@ def used() -> Iterator[Used]:
         pytest.skip("GPU 0 has less than 6 GiB free")
     yield lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
     pynvml.nvmlShutdown()
-
-
-def write_weights(folder: Path, size: int, value: int) -> None:
-    """A safetensors file with one float16 tensor: 1024 times `value`, then a hole, so that it takes no disk."""
-    import struct
-
-    folder.mkdir(parents=True)
-    header = json.dumps({"data": {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
-    header += b" " * (-len(header) % 8)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.write(struct.pack("<1024e", *[float(value)] * 1024))
-        file.truncate(8 + len(header) + size)
 
 
 @contextlib.asynccontextmanager

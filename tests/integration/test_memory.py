@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from tests.support.weights import write_weights
 from tests.support.worker_process import Chain, chain, eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -22,6 +24,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 GIB = 2**30
 SIZES = {"first": 4, "second": 4, "third": 4, "half": 5, "huge": 30}
 SAID_WITHIN_S = 0.1
+TORCH_S = 120.0
+"""For torch to be imported: seconds, but many on a machine that does much else."""
 
 
 def weights(root: Path) -> str:
@@ -136,6 +140,32 @@ async def test_an_executor_that_keeps_memory_is_recycled(worker: Chain) -> None:
     assert after["pid"] != leaking["pid"]
     await eventually(lambda: said(worker) == (["third"], 4))
     assert worker.worker.lines("was recycled")
+
+
+@pytest.mark.timeout(300)
+async def test_an_evicted_model_returns_from_host_memory(tmp_path: Path) -> None:
+    """Real tensors, on a device that is not there: two of three models fit, the third has its place in the host's."""
+    if not all(importlib.util.find_spec(package) for package in ("torch", "safetensors")):
+        pytest.skip("torch or safetensors is not installed")
+    models = {}
+    for value, name in enumerate("abc", 1):
+        write_weights(tmp_path / name, 64 * 1024, value)
+        models[name] = {"root_dir": str(tmp_path / name)}
+    env = {
+        "WORKER_FAKE_GPU_COUNT": "1",
+        "WORKER_FAKE_GPU_MEMORY_BYTES": "150 KiB",
+        "WORKER_VRAM_SAFETY_MARGIN_GB": "0",
+        "WORKER_HOST_CACHE_GB": "1",
+        "WORKER_MODEL_ARTIFACTS_JSON": json.dumps(models),
+        "WORKER_MODEL_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    async with chain(env=env, tenant="gpu", modules="gpu_functions", ready="trouble", start_s=TORCH_S) as worker:
+        for value, name in enumerate("abc", 1):
+            assert (await worker.call("use", {"model": name}))["checksum"] == 1024.0 * value
+        (tmp_path / "a" / "model.safetensors").write_bytes(b"not read again")
+        assert (await worker.call("use", {"model": "a"}))["checksum"] == 1024.0
+        await eventually(lambda: list(worker.resources.vram_models) == ["a", "c"])
+        assert "b" in worker.resources.disk_models, "in host memory it is as warm as on disk"
 
 
 async def test_what_was_measured_is_remembered_by_the_next_worker(tmp_path: Path) -> None:

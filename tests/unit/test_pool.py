@@ -99,6 +99,37 @@ def test_backoff() -> None:
     assert slot.delay_after_death(ALIVE_S - 1) == 1.0
 
 
+async def test_a_recycled_executor_is_replaced_at_once_however_often(
+    slots: Slots, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "BACKOFF_FIRST_S", 3600.0)
+    slots.pool.start()
+    await slots.started(2)
+    for incarnation in range(1, 4):
+        slots.ready(0)
+        handle = slots.pool.ready[0]
+        handle.recycle("it kept 3 GiB")
+        handle.recycle("and again")
+        assert (handle.state, slots.pool.ready) == (HandleState.DRAINING, [])
+        assert slots.child(0).sent[-1] == Shutdown()
+        slots.child(0).on_exit(ExitCause(0, ""))
+        await until(lambda: slots.pool._slots[0].handle is not None)
+        assert slots.pool.handles[0].incarnation == incarnation
+    assert "died" not in caplog.text
+    assert slots.pool._slots[0].deaths_in_a_row == 0
+
+
+async def test_a_recycled_executor_that_stays_is_helped(slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("supervisor.executor_handle.LEAVE_S", 0.001)
+    slots.pool.start()
+    await slots.started(2)
+    slots.ready(0)
+    child = slots.child(0)
+    slots.pool.ready[0].recycle("it kept 3 GiB")
+    await until(lambda: child.killed == ["it stayed after it was asked to leave"])
+    await until(lambda: slots.pool.handles[0].incarnation == 1)
+
+
 async def test_a_dead_executor_is_replaced_by_a_new_incarnation(slots: Slots) -> None:
     slots.pool.start()
     await slots.started(2)

@@ -299,6 +299,23 @@ async def test_two_models_that_never_fit_together(make: MakeRig) -> None:
     assert "a and b needs 10.00 GiB" in result.error_message
 
 
+@pytest.mark.parametrize("first", ["t.Model", "t.Tokenizer"])
+async def test_the_weights_of_a_model_and_its_tokenizer_count_once(make: MakeRig, first: str) -> None:
+    rig = make(models={**WEIGHTS, A: 8 * GIB})
+    (executor,) = rig.executors
+    second = "t.Tokenizer" if first == "t.Model" else "t.Model"
+    keys = [(A, first), (A, second)]
+    assert rig.residency.room(executor.handle, keys) is Room.FREE
+    assert rig.residency.refusal(keys) is None
+    rig.residency.load(executor.handle, keys)
+    for name in (first, second):
+        executor.load_done(A, name, device_bytes=8 * GIB if name == "t.Model" else 0)
+    assert rig.residency.state(executor.handle, keys) is Residence.HOT
+    rig.dispatcher.commands.unload(A)
+    executor.unload_done(A, 8 * GIB)
+    assert rig.residency.room(executor.handle, keys) is Room.FREE, "now that both are measured, too"
+
+
 async def test_memory_that_others_hold(make: MakeRig) -> None:
     rig = make()
     rig.probe.others["GPU-0"] = 8 * GIB

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gen_worker.weights import WeightsError, dtype_of, variant_of
+from gen_worker import weights
+from gen_worker.weights import WeightsError, dtype_of, variant_of, weight_bytes
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -59,3 +60,38 @@ def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(WeightsError, match=r"model\.safetensors is not a safetensors file"):
         dtype_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "counted"),
+    [
+        ([], []),
+        (["config.json"], []),
+        (["model.safetensors", "config.json", "pytorch_model.bin"], ["model.safetensors"]),
+        (["pytorch_model.bin", "tokenizer.json"], ["pytorch_model.bin"]),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], ["model-00001", "model-00002"]),
+        (["model.gguf", "sub/engine.plan"], ["model.gguf", "sub/engine.plan"]),
+        (["unet/m.fp16.safetensors", "vae/m.fp16.safetensors"], ["unet", "vae"]),
+        (["unet/m.fp16.safetensors", "vae/m.fp16.safetensors", "vae/m.safetensors"], ["unet", "vae/m.fp16"]),
+        (["unet/m.fp16.safetensors", "unet/m.safetensors"], ["unet/m.safetensors"]),
+        (["model_index.json", "all-in-one.safetensors", "unet/m.safetensors", "unet/m.bin"], ["unet/m.safetensors"]),
+    ],
+)
+def test_weight_bytes_are_those_of_the_files_that_would_be_loaded(
+    tmp_path: Path, files: list[str], counted: list[str]
+) -> None:
+    for number, name in enumerate(files):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * 10**number)
+    expected = sum(10**number for number, name in enumerate(files) if name.startswith(tuple(counted)))
+    assert weight_bytes(tmp_path) == expected
+
+
+def test_a_directory_of_something_else_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "FILES_CAP", 2)
+    for name in "abc":
+        (tmp_path / name).touch()
+    with pytest.raises(WeightsError, match="more than 2 files"):
+        weight_bytes(tmp_path)
+    assert dtype_of(tmp_path) is None, "a load still looks at it"
