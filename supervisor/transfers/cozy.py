@@ -26,7 +26,7 @@ from supervisor.transfers.hub import Hub
 from supervisor.transfers.locks import locked, locked_now
 from supervisor.transfers.messages import ModelFiles, TransferSettings
 from supervisor.transfers.meter import Meter
-from supervisor.transfers.part_file import DiskFull, disk_full_errors
+from supervisor.transfers.part_file import DiskFull, disk_full_errors, remove_part
 from supervisor.transfers.snapshots import RemoteFile, Snapshot
 from supervisor.transfers.store import Record, Store
 
@@ -192,8 +192,7 @@ class _Fetch:
         with locked_now(store.store_lock):
             shutil.rmtree(store.staging / self._snapshot.digest, ignore_errors=True)
             for digest in digests:
-                blob = store.blob(digest)
-                blob.with_name(f"{blob.name}.part").unlink(missing_ok=True)
+                remove_part(store.blob(digest))
             for digest in self._downloaded:
                 blob = store.blob(digest)
                 if blob.exists() and blob.stat().st_nlink == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 from urllib.parse import quote
 
 import msgspec
@@ -23,7 +24,7 @@ from supervisor.transfers.messages import ModelFiles, TransferSettings
 from supervisor.transfers.snapshots import WEIGHT_SUFFIXES
 from supervisor.transfers.store import last_use
 
-WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "processor", "feature_extractor")
+WITHOUT_WEIGHTS: Final = ("tokenizer", "scheduler", "processor", "feature_extractor")
 """In the names of components that have none; any other without weights was not downloaded whole."""
 
 

@@ -28,7 +28,7 @@ import msgspec
 
 from supervisor.transfers.locks import locked_if_free, open_lock
 from supervisor.transfers.messages import ModelFiles
-from supervisor.transfers.part_file import hash_file, is_sealed, seal, sync_directory
+from supervisor.transfers.part_file import hash_file, is_sealed, remove_part, seal, sync_directory
 from supervisor.transfers.snapshots import WEIGHT_SUFFIXES, RemoteFile, Snapshot
 
 RECORD_SUFFIX: Final = ".json"
@@ -193,9 +193,7 @@ class Store:
                     shutil.rmtree(staged, ignore_errors=True)
         for part in self.blobs.glob("??/??/*.part"):
             if part.stem not in wanted:
-                with locked_if_free(part) as idle:
-                    if idle:
-                        part.unlink(missing_ok=True)
+                remove_part(part.with_suffix(""))
 
     def remove_loose_blobs(self) -> None:
         """Take the blobs to which no snapshot links; `store_lock` is held exclusively."""

@@ -169,7 +169,7 @@ async def test_what_hugging_face_refuses(hugging_face: DevHuggingFace, tmp_path:
         for ref, error_type, words in (
             ("hf:org/none", "validation", "no such repo"),
             ("hf:org/pipe@v9", "validation", "no such revision"),
-            ("hf:org/old", "fatal", "has no safetensors"),
+            ("hf:org/old", "fatal", "has neither a safetensors file"),
         ):
             with pytest.raises(TransferError, match=words) as refused:
                 await transfers.call(FetchModel(ref), ModelFiles)
