@@ -79,10 +79,8 @@ class CozyModels:
         if record is None:
             return 0
         before = self._store.used_bytes()
-        if self._store.remove_snapshot(record.snapshot) is None:
+        if self._store.evict(record.snapshot) is None:
             return None
-        with locked_now(self._store.store_lock):
-            self._store.remove_loose_blobs()
         return before - self._store.used_bytes()
 
     def _local(self, ref: str) -> Record | None:
@@ -131,7 +129,7 @@ class _Fetch:
         self._meter.begin(snapshot.size_bytes, snapshot.size_bytes - sum(file.size_bytes for file in missing))
         log.info("downloading %s: %s in %d files", self._ref.canonical, gb(need), len(blobs))
         try:
-            await asyncio.to_thread(self._budget.reserve, snapshot.digest, need, frozenset(blobs))
+            await asyncio.to_thread(self._budget.reserve, snapshot.digest, need, store, frozenset(blobs))
             with disk_full_errors(store.root):
                 await self._all(missing)
                 record = await asyncio.to_thread(store.publish, self._ref.canonical, snapshot)
