@@ -125,7 +125,7 @@ class Worker:
             keeper=self._store,
             observer=observer,
         )
-        self._model_files.listen(self._dispatcher.news)
+        self._model_files.events = self._dispatcher.news
         self._pool = Pool(
             self._probe.devices,
             init=self._init_message,
