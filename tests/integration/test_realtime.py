@@ -325,14 +325,15 @@ async def test_a_slow_peer_is_closed_and_holds_little(worker: Chain) -> None:
 async def test_sessions_end_with_their_stream(fragile: Chain, tmp_path: Path) -> None:
     note = tmp_path / "note"
     session, deaf = await talking(fragile, "cleans_up"), await talking(fragile, "deaf")
-    await session.send(str(note))
-    await session.send(b"2")
+    for data in (str(note), b"2"):
+        await session.send(data)
+        assert (await session.receive(WAIT_S)).data == b"got it"
     fragile.connection.close(grpc.StatusCode.UNAVAILABLE, "restart")
     assert await all_of(session.wait_closed(WAIT_S), deaf.wait_closed(WAIT_S)) == ["closed", "closed"]
     await eventually(lambda: note.exists() and note.read_text())
-    assert note.read_text() in {"1 False", "2 False"}
+    assert note.read_text() == "2 False"
     assert fragile.orchestrator.stream_count == 2
-    again = await talking(fragile, "deaf", session_id=session.session_id)
+    again = await talking(fragile, "deaf", session_id=deaf.session_id)
     await again.close()
     assert await again.wait_closed(WAIT_S) == "closed"
 
@@ -343,6 +344,7 @@ async def test_drain_waits_for_sessions_then_closes_them(tmp_path: Path) -> None
         note = tmp_path / "note"
         ends, stays = await talking(c, "alone"), await talking(c, "cleans_up")
         await stays.send(str(note))
+        assert (await stays.receive(WAIT_S)).data == b"got it"
         c.worker.signal(signal.SIGTERM)
         await c.worker.wait_for_log("stopping")
         refused = await opened(c, "echo")
