@@ -62,6 +62,25 @@ async def collect(session: RealtimeSession, count: int) -> list[bytes]:
     return [(await session.receive(WAIT_S)).data for _ in range(count)]
 
 
+class Memory:
+    """The largest resident sets of supervisor and executors that were seen."""
+
+    def __init__(self, c: Chain) -> None:
+        self._processes = [psutil.Process(c.worker.pid), *c.worker.executors()]
+        self._task = asyncio.create_task(self._watch())
+        self.peak = 0
+
+    async def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, *(process.memory_info().rss for process in self._processes))
+            await asyncio.sleep(0.02)
+
+    async def stop(self) -> int:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        return self.peak
+
+
 # -- frames ---------------------------------------------------------------------------------------
 
 
@@ -105,19 +124,25 @@ async def test_a_burst_makes_the_sender_wait(worker: Chain) -> None:
     assert await session.wait_closed(WAIT_S) == "closed"
 
 
-async def test_100_sessions_at_once(worker: Chain) -> None:
+@pytest.mark.parametrize("count", [20, pytest.param(2000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
+async def test_100_sessions_at_once(worker: Chain, count: int) -> None:
+    memory = Memory(worker)
     sessions = await all_of(*(opened(worker, "echo") for _ in range(100)))
 
-    async def talk(session: RealtimeSession) -> list[bytes]:
-        for number in range(20):
+    async def send(session: RealtimeSession) -> None:
+        for number in range(count):
             await session.send(f"{session.session_id} {number}".encode())
-        return await collect(session, 20)
+
+    async def talk(session: RealtimeSession) -> list[bytes]:
+        _, received = await all_of(send(session), collect(session, count))
+        return list(received)
 
     answers = await all_of(*(talk(session) for session in sessions))
     for session, received in zip(sessions, answers, strict=True):
-        assert received == [f"{session.session_id} {number}".encode() for number in range(20)]
+        assert received == [f"{session.session_id} {number}".encode() for number in range(count)]
     await all_of(*(session.close() for session in sessions))
     assert set(await all_of(*(session.wait_closed(WAIT_S) for session in sessions))) == {"closed"}
+    assert await memory.stop() < BOUND
 
 
 async def test_frames_that_are_sent_before_it_is_open_wait_in_order(worker: Chain) -> None:
@@ -248,25 +273,6 @@ async def test_limits() -> None:
 
 
 # -- slow ends ------------------------------------------------------------------------------------
-
-
-class Memory:
-    """The largest resident sets of supervisor and executors that were seen."""
-
-    def __init__(self, c: Chain) -> None:
-        self._processes = [psutil.Process(c.worker.pid), *c.worker.executors()]
-        self._task = asyncio.create_task(self._watch())
-        self.peak = 0
-
-    async def _watch(self) -> None:
-        while True:
-            self.peak = max(self.peak, *(process.memory_info().rss for process in self._processes))
-            await asyncio.sleep(0.02)
-
-    async def stop(self) -> int:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        return self.peak
 
 
 async def test_a_slow_handler_is_closed_and_holds_little(worker: Chain) -> None:
