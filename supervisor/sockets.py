@@ -99,13 +99,14 @@ class Sockets:
         self._ended = ended
         self._loop = asyncio.get_running_loop()
         self.room = SocketRoom(self._loop.time, lambda session, detail: self._break(session, SLOW_CONSUMER, detail))
-        self._sessions: dict[str, SocketSession] = {}
         self._by_key: dict[int, SocketSession] = {}
+        self._sessions: dict[str, SocketSession] = {}
+        """Those that the scheduler was not told the end of: an id may be used again from then on."""
         self._over: OrderedDict[str, None] = OrderedDict()
 
     def __len__(self) -> int:
         """Sessions that have not ended."""
-        return len(self._sessions)
+        return len(self._by_key)
 
     # -- from the scheduler -------------------------------------------------------------------
 
@@ -205,18 +206,18 @@ class Sockets:
 
     def refuse_waiting(self, failure: Failure) -> None:
         """Close those that no executor has yet."""
-        for session in [session for session in self._sessions.values() if session.is_opening]:
+        for session in [session for session in self._by_key.values() if session.is_opening]:
             self.fail(session, failure)
 
     def close_all(self, detail: str) -> None:
         """End all sessions for the scheduler; their handlers see the end of their frames."""
-        for session in list(self._sessions.values()):
+        for session in list(self._by_key.values()):
             self._end_softly(session, CLOSED, detail)
             self._tell(session)
 
     def abandon(self, detail: str) -> None:
         """Let go of what is left, for a worker that leaves."""
-        for session in list(self._sessions.values()):
+        for session in list(self._by_key.values()):
             self._finish(session, CLOSED, detail)
 
     # -- from the executors -------------------------------------------------------------------
@@ -311,17 +312,18 @@ class Sockets:
         words = ": " + detail.partition("\n")[0] if detail else ""
         extra = {"run_id": session.run_id, "executor": handle.name if handle else None}
         log.info("session of %s ended %s%s", session.function, session.reason, words, extra=extra)
-        del self._sessions[session.run_id], self._by_key[session.key]
+        del self._by_key[session.key]
         self._lanes.remove(session)
         if handle is not None:
             handle.release(session)
             self._residency.release(handle, session.models)
-        self._remember(session.run_id)
         self._ended()
 
     def _tell(self, session: SocketSession) -> None:
         if not session.told:
             session.told = True
+            del self._sessions[session.run_id]
+            self._remember(session.run_id)
             self._outbox.put_close(session.key, encode_realtime_close(session.run_id, session.reason))
 
     def _refuse(self, command: pb.RealtimeOpenCommand, reason: str, detail: str) -> None:

@@ -65,6 +65,7 @@ async def test_a_stream_that_ends_while_the_worker_is_full_is_replaced() -> None
             bench.box.put(b"result")  # what can't be sent shows that the stream is over
             await eventually(lambda: len(server.dials) == 2 and server.dials[1].received == [REGISTRATION, b"result"])
             assert bench.inbox.messages == [b"one", b"two"]
+            assert bench.inbox.streams_closed == 1
 
 
 async def test_a_full_worker_can_be_stopped() -> None:

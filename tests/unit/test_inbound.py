@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -86,6 +87,20 @@ async def test_realtime_sessions(rig: Rig, inbound: Inbound) -> None:
     assert [type(each).__name__ for each in sent] == ["SocketOpen", "SocketFrame", "SocketClose"]
     inbound.stream_closed()
     assert [answer.realtime_close_cmd.reason for answer in rig.messages()] == ["closed"]
+
+
+async def test_a_flood_of_frames_stops_the_reading(rig: Rig, inbound: Inbound) -> None:
+    inbound.handle(message(realtime_open_cmd=pb.RealtimeOpenCommand(session_id="s", function_name="chat")))
+    frame = message(realtime_frame=pb.RealtimeFrame(session_id="s", data=b"x" * 500_000))
+    for _ in range(40):
+        inbound.handle(frame)
+    assert inbound.full
+    waiting = asyncio.create_task(inbound.room())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    inbound.handle(message(realtime_close_cmd=pb.RealtimeCloseCommand(session_id="s")))
+    await asyncio.wait_for(waiting, 5)
+    assert not inbound.full
 
 
 @pytest.mark.parametrize(

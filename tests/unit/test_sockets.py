@@ -274,6 +274,26 @@ async def test_a_session_id_may_be_used_again(make: MakeRig, caplog: pytest.LogC
     assert rig.heard() == [("s", "completed"), ("s", b"of the second")]
 
 
+async def test_a_session_id_may_be_used_again_while_the_old_handler_ends(make: MakeRig) -> None:
+    rig = make()
+    rig.open()
+    (executor,) = rig.executors
+    old = key_of(executor)
+    executor.say(SocketFrame(old, b"of the old stream"))
+    rig.dispatcher.outbox.stream_closed()
+    rig.dispatcher.sockets.stream_closed()
+    rig.open()
+    assert rig.dispatcher.active == 2
+    rig.send("s", b"for the second")
+    executor.say(SocketFrame(old, b"of the first"))
+    executor.say(SocketFrame(key_of(executor), b"of the second"))
+    executor.say(Result(old))
+    assert rig.heard() == [("s", "closed"), ("s", b"of the second")]
+    assert frames(executor) == [b"for the second"]
+    end(executor)
+    assert rig.heard() == [("s", "completed")]
+
+
 # -- placement ------------------------------------------------------------------------------------
 
 
@@ -892,10 +912,10 @@ class Sessions(RuleBasedStateMachine):
     @invariant()
     def the_count_is_right(self) -> None:
         held = self.rig.dispatcher.sockets
-        waiting = {each.run_id: sum(frame.weight for frame in each.waiting) for each in held._sessions.values()}
-        assert waiting == {each.run_id: each.waiting_bytes for each in held._sessions.values()}
+        waiting = {each.run_id: sum(frame.weight for frame in each.waiting) for each in held._by_key.values()}
+        assert waiting == {each.run_id: each.waiting_bytes for each in held._by_key.values()}
         assert held.room.waiting_bytes == sum(waiting.values())
-        assert all(each.under_way >= 0 for each in held._sessions.values())
+        assert all(each.under_way >= 0 for each in held._by_key.values())
 
 
 TestSessions = Sessions.TestCase

@@ -144,7 +144,10 @@ async def holds_gil(ctx: ActionContext, sock: RealtimeSocket) -> None:
 async def cleans_up(ctx: ActionContext, sock: RealtimeSocket) -> None:
     """Writes a file when its session is over."""
     await sock.send_text("here")
-    frames = [data async for data in sock.iter_bytes()]
+    frames = []
+    async for data in sock.iter_bytes():
+        frames.append(data)
+        await sock.send_text("got it")
     Path(frames[0].decode()).write_text(f"{len(frames)} {ctx.is_canceled()}")
 
 
