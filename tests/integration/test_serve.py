@@ -94,6 +94,9 @@ def test_bad_requests_say_what_is_wrong(client: httpx.Client) -> None:
     assert post("tell", content="{", headers=as_json)[0] == 400
     assert post("tell", json=[]) == (422, "the body must be a JSON object, the payload's fields")
     assert post("tell", content="words=3")[0] == 415
+    assert post("tell", content="[" * 10_000, headers=as_json)[0] == 400
+    code, message = post("tell", json={"words": 10**30})
+    assert (code, message[:27]) == (422, "the payload can't be sent: ")
     assert post("tell?timeout_ms=soon", json={}) == (422, "timeout_ms=soon: expected milliseconds")
     assert post("mirror", json={"file": "x", "data": "*"}) == (
         422, "payload.data: not base64: Only base64 data is allowed",
@@ -116,6 +119,10 @@ def test_files_come_as_parts_of_a_form_or_as_urls(client: httpx.Client) -> None:
     assert (stored.content, stored.headers["content-type"]) == (b"a cat", "text/plain; charset=utf-8")
     assert "sandbox" in stored.headers["content-security-policy"]
     assert client.get("/v1/files/no/such").status_code == 404
+    odd = client.post(
+        "/v1/functions/mirror", files=[("file", ("../" + "x" * 300 + " ö.png", b"1", "image/png"))]
+    ).json()
+    assert odd["file"]["ref"].endswith("x_ö.png")
     ref = answer["file"]["ref"]
     again = client.post("/v1/functions/mirror", json={"file": ref, "data": "QUI="}).json()
     assert (again["file"]["ref"], again["data_size"]) == (ref, 2)
