@@ -119,7 +119,7 @@ class Pool:
             self._spawn(slot)
 
     @property
-    def slots(self) -> int:
+    def slot_count(self) -> int:
         """How many slots there are, closed ones included."""
         return len(self._slots)
 

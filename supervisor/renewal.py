@@ -52,10 +52,10 @@ class Renewal:
 
     async def _renew_all(self) -> None:
         pool = self._pool()
-        log.info("renewing %d executors, one by one", pool.slots)
-        for number in range(pool.slots):
+        log.info("renewing %d executors, one by one", pool.slot_count)
+        for number in range(pool.slot_count):
             if not await pool.renew(number, REASON, self._drain_s):
-                rest = pool.slots - number - 1
+                rest = pool.slot_count - number - 1
                 log.error("the new executor of slot %d does not serve: %d others keep what they have", number, rest)
                 return
         log.info("all executors are new")  # gen_worker/serve/state.py knows this line
