@@ -47,8 +47,9 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 demo: $(VENV)/.installed ## a scheduler, a worker and a model on this machine
 	@$(BIN)/python examples/demo.py
 
+# Most tests wait for processes more than they compute: three workers keep two cores busy.
 test: $(VENV)/.installed ## unit and integration tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 3 --dist worksteal
 
 gpu-test: $(VENV)/.installed ## the tests that need an NVIDIA GPU
 	@$(BIN)/python -m pytest -m gpu

@@ -25,6 +25,8 @@ from gen_worker.types import Asset
 
 _OWN_EVENTS = frozenset(("output.delta", "output.completed", "output.error"))
 """What the worker itself sends of an incremental run."""
+_MAKING = threading.Lock()
+"""Held while a context's event is made, so that all threads of a run get the same one."""
 
 
 class RunHost(Protocol):
@@ -82,7 +84,8 @@ class ActionContext:
         self._deadline = deadline or (clock() + timeout_ms / 1000 if timeout_ms else None)
         self._device_name = device
         self._clock = clock
-        self._done = threading.Event()
+        self._done: threading.Event | None = None
+        """Made when asked for: that costs more than the rest of a context, and few functions ask."""
         self._cancel_cause: CancelCause | None = None
 
     @property
@@ -129,13 +132,14 @@ class ActionContext:
 
     def is_canceled(self) -> bool:
         """Whether the run was canceled or is past its deadline: a long function looks at this and stops."""
-        return self._done.is_set()
+        return self._cancel_cause is not None
 
     def cancel(self, cause: CancelCause = "canceled") -> None:
         """Ask the function to stop. The first call's cause is kept."""
         if self._cancel_cause is None:
             self._cancel_cause = cause
-        self._done.set()
+        if self._done is not None:
+            self._done.set()
 
     @property
     def cancel_cause(self) -> CancelCause | None:
@@ -144,6 +148,12 @@ class ActionContext:
 
     def done(self) -> threading.Event:
         """Set on cancel: wait on it instead of sleeping."""
+        with _MAKING:
+            if self._done is None:
+                self._done = threading.Event()
+        # `cancel` stores the cause and then looks for an event, this the other way round: one of them sees both.
+        if self._cancel_cause is not None:
+            self._done.set()
         return self._done
 
     def emit(self, event_type: str, payload: Any) -> None:

@@ -102,6 +102,9 @@ class GrpcioStream:
         # The public write() turns every failure into INTERNAL and overwrites the status that the scheduler sent with
         # it: a redirect would be lost whenever a message is under way. What lies beneath leaves the status alone.
         self._write: Callable[[bytes], Awaitable[None]] = call._cython_call.send_serialized_message  # noqa: SLF001
+        # The public read() looks at the call's state around each message, which is a twentieth of a run's latency; at
+        # the end the reader asks for the status itself.
+        self._receive: Callable[[], Awaitable[bytes]] = call._cython_call.receive_serialized_message  # noqa: SLF001
         self._inbox: deque[bytes] = deque()
         self._inbox_bytes = 0
         self._answered = False
@@ -185,7 +188,8 @@ class GrpcioStream:
     async def _read(self) -> None:
         """Fill the inbox until the stream ends, and then say so."""
         try:
-            while (message := await self._call.read()) is not aio.EOF:
+            await self._call.initial_metadata()  # nothing may be read before
+            while (message := await self._receive()) is not aio.EOF:
                 self._inbox.append(message)
                 self._inbox_bytes += len(message)
                 self._answered = True

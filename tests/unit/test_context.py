@@ -62,6 +62,15 @@ def test_cancel_keeps_the_first_cause() -> None:
     assert ctx.cancel_cause == "timeout"
 
 
+def test_who_waits_is_woken_by_a_cancel_that_comes_later() -> None:
+    ctx = context(Host())
+    event = ctx.done()
+    assert not event.is_set()
+    ctx.cancel()
+    assert event.is_set()
+    assert ctx.done() is event
+
+
 def test_events() -> None:
     host = Host()
     ctx = context(host)
