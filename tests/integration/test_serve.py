@@ -154,6 +154,15 @@ def test_a_run_can_be_canceled_by_its_id(client: httpx.Client) -> None:
     assert client.delete(f"/v1/runs/{run_id}").status_code == 404
 
 
+def test_the_last_fifty_runs_are_kept(client: httpx.Client) -> None:
+    ids = []
+    for number in range(52):
+        ids.append(client.post("/v1/functions/tell", json={"words": 0}).headers["x-run-id"])
+        if number == 20:
+            assert {run["run_id"] for run in runs_of(client)} >= set(ids)
+    assert [run["run_id"] for run in runs_of(client)] == ids[:1:-1]
+
+
 def test_the_state_is_watched_as_events(client: httpx.Client) -> None:
     with client.stream("GET", "/v1/state", headers={"accept": "text/event-stream"}) as response:
         states = (data for kind, data in events_of(response) if kind == "state")
