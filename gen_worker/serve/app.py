@@ -165,13 +165,14 @@ async def _run_events(call: Call) -> AsyncGenerator[bytes, None]:
         async with aclosing(call.events()) as events:
             async for event in events:
                 yield sse(event.type, event.payload)
+        call.close()  # first: who has read the end finds the run among those that have ended
         output = call.output()
-        call.close()
         output = None if call.function.incremental else output  # its deltas were sent
         yield sse("result", {"run_id": call.record.run_id, "output": output, "seconds": call.record.seconds})
     except RunFailedError as error:
         yield sse("error", error_body(error))
     except WorkerGoneError as error:
+        call.close()
         yield sse("error", {"type": "unavailable", "message": str(error), "retryable": True})
 
 
