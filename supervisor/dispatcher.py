@@ -174,8 +174,7 @@ class Dispatcher:
         offered = {name for handle in self._executors() for name in handle.functions}
         for name in self.functions.keys() - served.keys() - offered:
             del self.functions[name]
-            waiting = (RunState.QUEUED, RunState.WAITING_MODEL)
-            for run in [run for run in self._active.values() if run.function == name and run.state in waiting]:
+            for run in self.lanes.of(name):
                 self._finish(run, runs.invalid("unknown function", f"{name!r} is gone since the code was replaced"))
 
     def executor_writable(self, handle: ExecutorHandle) -> None:

@@ -78,6 +78,10 @@ class Lanes:
                 lane.info, lane.limit = info, self.limit_of(info)
         return unfit
 
+    def of(self, function: str) -> list[Run]:
+        """The runs of a function that wait."""
+        return [run for key, lane in self._lanes.items() if key[0] == function for run in lane.waiting.values()]
+
     def remove(self, run: Run) -> None:
         """The run has ended, waiting or not."""
         if run.handle is None:
