@@ -155,7 +155,8 @@ def cli_page() -> str:
 
 def _metavar(argument: Any) -> str:
     name = argument.metavar or argument.name.upper()
-    return name if argument.required or name.startswith("[") else f"[{name}]"
+    many = "..." if argument.nargs == -1 else ""
+    return name if argument.required else f"[{name}]{many}"
 
 
 def _parameter(parameter: Any) -> Iterator[str]:

@@ -198,7 +198,7 @@ class Pool:
         task.add_done_callback(self._spawning.discard)
 
     async def _start_executor(self, slot: _Slot) -> None:
-        if self._stopping:
+        if self._stopping or slot.handle is not None:  # a renewal may have been faster
             return
         events = _SlotEvents(self, slot)
         handle = ExecutorHandle(slot.number, slot.incarnation, slot.device, self._threads, events)

@@ -22,12 +22,15 @@ _TAKEN: Final = frozenset({"executor", "gen_worker", "src", "supervisor", "test"
 
 
 def init(
-    name: Annotated[str, typer.Argument(help="The project's folder; its last part names it.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The project's folder; its last part names it.", show_default=False)
+    ],
     flat: Annotated[bool, typer.Option("--flat", help="The package at the top, not in src/.")] = False,  # noqa: FBT002
 ) -> None:
-    """Begin a project: a function, its test, pyproject.toml, README and Dockerfile.
+    """Begin a new project.
 
-    The folder must be empty or not there. What it makes passes gen-worker validate, and its own tests.
+    It gets a function, its test, pyproject.toml, README and Dockerfile, passes gen-worker validate and its own
+    tests. The folder must be empty or not there.
     """
     root = Path(name)
     try:

@@ -10,13 +10,17 @@ from typing import Annotated
 
 import typer
 
-Root = Annotated[Path, typer.Argument(help="The project: the folder with its pyproject.toml.", show_default="here")]
+Root = Annotated[
+    Path,
+    typer.Argument(metavar="PROJECT", help="The project: the folder with its pyproject.toml.", show_default="here"),
+]
 
 
 def discover(root: Root = Path()) -> None:
-    """Print the project's manifest as JSON: its functions, their schemas, its models.
+    """Print the project's manifest as JSON.
 
-    Redirect it to .cozy/manifest.json, where the worker looks for it.
+    It has the functions, their schemas and the models. Redirect it to .cozy/manifest.json, where the worker looks
+    for it.
     """
     from gen_worker.discover import main as run
 
@@ -29,7 +33,10 @@ def validate(
     code: Annotated[bool, typer.Option(help="Import the code too, and check every function's signature.")] = True,  # noqa: FBT002
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,  # noqa: FBT002
 ) -> None:
-    """Check the project's layout, its [tool.cozy] and its functions; exit 1 when something is wrong."""
+    """Check the project and its functions.
+
+    Its layout, its [tool.cozy], and each function's signature; exit 1 when something is wrong.
+    """
     from gen_worker.project import validate_project
 
     result = validate_project(root, require_uv_lock)

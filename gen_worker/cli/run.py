@@ -53,11 +53,11 @@ CANCEL_S: Final = 15.0
 
 
 def run(
-    function: Annotated[str, typer.Argument(help="The function's name.", show_default=False)],
+    function: Annotated[str, typer.Argument(metavar="FUNCTION", help="The function's name.", show_default=False)],
     fields: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FIELD=VALUE]...",
+            metavar="FIELD=VALUE",
             help="The payload: prompt=hello steps=4 size.width=512 tags=a tags=b image=@photo.png",
             show_default=False,
         ),
@@ -76,11 +76,12 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for machines.")] = False,  # noqa: FBT002
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the worker's log on stderr.")] = False,  # noqa: FBT002
 ) -> None:
-    """Call a function once, as the platform would: through a supervisor and an executor on this machine.
+    """Call a function once.
 
-    Values follow the function's schema: steps=4 is a number where the field is one. A streaming function's deltas
-    are shown as they come. With --json each line is an object with an "event": "output.delta", "job.progress", ...
-    and last "result" or "error".
+    It runs as the platform would run it, through a supervisor and an executor on this machine. Values follow the
+    function's schema: steps=4 is a number where the field is one. A streaming function's deltas are shown as they
+    come. With --json each line is an object with an "event": "output.delta", "job.progress", ... and last "result"
+    or "error".
     """
     from gen_worker.cli.local import child_environment, refuse_clash
     from gen_worker.cli.showing import show_for

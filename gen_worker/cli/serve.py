@@ -15,7 +15,10 @@ _NEEDED = ("starlette", "uvicorn", "watchfiles", "websockets", "python_multipart
 
 def serve(
     project: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, help="The project's folder.", show_default="here")
+        Path,
+        typer.Argument(
+            metavar="PROJECT", exists=True, file_okay=False, help="The project's folder.", show_default="here"
+        ),
     ] = Path(),
     host: Annotated[
         str, typer.Option(help="The address to listen on; another than loopback needs --token.")
@@ -33,10 +36,11 @@ def serve(
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the worker's whole log.")] = False,  # noqa: FBT002
 ) -> None:
-    """Serve the project's functions on this machine: an HTTP API and a page to try them on.
+    """Serve the project with a page.
 
-    POST /v1/functions/NAME takes and gives JSON, and streams with "Accept: text/event-stream"; /openapi.json describes
-    it. When the code changes, the executors are replaced one by one. Ctrl-C stops it all.
+    The page is for trying the functions by hand, the HTTP API for everything else: POST /v1/functions/NAME takes
+    and gives JSON, and streams with "Accept: text/event-stream"; /openapi.json describes it. When the code changes,
+    the executors are replaced one by one. Ctrl-C stops it all.
     """
     from gen_worker.cli.local import child_environment, refuse_clash
 

@@ -15,6 +15,7 @@ Owns: the routes, and how errors are answered: {"error": {"type", "message", "re
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from http import HTTPStatus
@@ -46,6 +47,8 @@ from gen_worker.testing.mock_orchestrator.directory import RefusedError
 PAGE: Final = Path(__file__).parent / "page"
 SETTLE_S: Final = 30.0
 """How long a call waits for a worker that starts or reloads."""
+_TIMEOUT_DIGITS: Final = 12
+"""Thirty years, which the wire's int64 holds."""
 _CLIENT_GONE: Final = 499
 """Nobody reads it; it is what access logs know."""
 
@@ -121,7 +124,9 @@ class _Api:
     async def file(self, request: Request) -> Response:
         directory = self._state.worker.files.directory
         try:
-            opened, info = directory.open(request.path_params["ref"])
+            opened, info = await asyncio.to_thread(
+                directory.open, request.path_params["ref"]
+            )  # it reads the whole file
         except RefusedError as refusal:
             raise HTTPException(int(refusal.status), str(refusal)) from refusal
         opened.close()
@@ -160,13 +165,14 @@ async def _run_events(call: Call) -> AsyncGenerator[bytes, None]:
         async with aclosing(call.events()) as events:
             async for event in events:
                 yield sse(event.type, event.payload)
+        call.close()  # first: who has read the end finds the run among those that have ended
         output = call.output()
-        call.close()
         output = None if call.function.incremental else output  # its deltas were sent
         yield sse("result", {"run_id": call.record.run_id, "output": output, "seconds": call.record.seconds})
     except RunFailedError as error:
         yield sse("error", error_body(error))
     except WorkerGoneError as error:
+        call.close()
         yield sse("error", {"type": "unavailable", "message": str(error), "retryable": True})
 
 
@@ -191,7 +197,7 @@ def _wants_events(request: Request) -> bool:
 
 def _timeout(request: Request) -> int:
     text = request.query_params.get("timeout_ms", "0")
-    if not (text.isascii() and text.isdecimal()):
+    if not (text.isascii() and text.isdecimal() and len(text) <= _TIMEOUT_DIGITS):
         raise ValidationError(f"timeout_ms={text}: expected milliseconds")
     return int(text)
 

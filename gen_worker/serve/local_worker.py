@@ -29,7 +29,7 @@ from typing import Final, Self
 
 import msgspec
 
-from gen_worker.errors import ProjectError, WorkerError
+from gen_worker.errors import ProjectError, ValidationError, WorkerError
 from gen_worker.manifest import Manifest
 from gen_worker.project import load_project
 from gen_worker.serve.functions import Function
@@ -38,6 +38,7 @@ from gen_worker.testing.mock_orchestrator import (
     FileStoreServer,
     MockOrchestrator,
     RealtimeSession,
+    Registration,
     RunHandle,
     WorkerConnection,
 )
@@ -86,6 +87,8 @@ class LocalWorker:
         self._stack = contextlib.ExitStack()
         self._reader: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._functions: tuple[Registration | None, dict[str, Function]] = (None, {})
+        """What was read of the latest registration: a page that watches asks often."""
         self.orchestrator = MockOrchestrator(required_token=self.token)
         self.listeners: list[Callable[[LogLine], None]] = []
         """Each is called with each line that the worker writes."""
@@ -219,14 +222,22 @@ class LocalWorker:
     def functions(self) -> dict[str, Function]:
         """What it serves now, by name."""
         connection = self.connection
-        if connection is None or connection.resources is None:
+        if connection is None or not connection.registrations:
             return {}
-        schemas = {schema.name: schema for schema in connection.resources.function_schemas}
-        return {name: Function.of(name, schemas.get(name)) for name in sorted(connection.resources.available_functions)}
+        registration = connection.registrations[-1]
+        if self._functions[0] is not registration:
+            resources = registration.resources
+            schemas = {schema.name: schema for schema in resources.function_schemas}
+            read = {name: Function.of(name, schemas.get(name)) for name in sorted(resources.available_functions)}
+            self._functions = (registration, read)
+        return self._functions[1]
 
     async def call(self, function: str, payload: object, *, timeout_ms: int = 0) -> RunHandle:
-        """Send a run. Raises NoWorkerError and StreamEndedError."""
-        data = msgspec.msgpack.encode(payload)
+        """Send a run. Raises ValidationError, NoWorkerError and StreamEndedError."""
+        try:
+            data = msgspec.msgpack.encode(payload)
+        except (OverflowError, ValueError) as error:  # a number beyond 64 bits, half of a surrogate pair
+            raise ValidationError(f"the payload can't be sent: {error}") from error
         return await self.orchestrator.run(
             function, data, timeout_ms=timeout_ms, file_base_url=self.files.url, file_token=self.token
         )

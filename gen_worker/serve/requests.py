@@ -101,7 +101,7 @@ def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
 def _decode(text: bytes, what: str) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeError) as error:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise HTTPException(400, f"{what} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValidationError(f"{what} must be a JSON object, the payload's fields")

@@ -130,7 +130,7 @@ class Runs:
         self._records[record.run_id] = record
         self._handles[record.run_id] = handle
         ended = [key for key, each in self._records.items() if each.state != "running"]
-        for key in ended[: len(self._records) - KEPT_RUNS]:
+        for key in ended[: max(0, len(self._records) - KEPT_RUNS)]:
             del self._records[key]
         self.changes.tell()
         return Call(handle, record, function, self)

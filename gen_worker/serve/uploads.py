@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mimetypes
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from gen_worker.errors import ValidationError
 from gen_worker.testing.mock_orchestrator import FileStoreServer
 
 PREFIX: Final = "inputs"
+_UNUSUAL: Final = re.compile(r"[^\w.-]+")
+_NAME_CHARS: Final = 60
+"""Of a name, its end: file systems take 255 bytes, and the suffix says what it is."""
 _BLOCK_BYTES: Final = 1024 * 1024
 
 
@@ -26,7 +30,7 @@ def upload(files: FileStoreServer, path: Path) -> str:
 
 def store(files: FileStoreServer, file: BinaryIO, name: str, mime_type: str = "") -> str:
     """Store an open file under a ref of its own that ends with its name; the ref. Raises OSError."""
-    plain = Path(name.replace("\\", "/")).name or "file"
+    plain = _UNUSUAL.sub("_", name.replace("\\", "/").rpartition("/")[2])[-_NAME_CHARS:].strip(".") or "file"
     ref = f"{PREFIX}/{secrets.token_hex(8)}/{plain}"
     mime_type = mime_type or mimetypes.guess_type(plain)[0] or ""
     return files.directory.store(ref, _blocks(file), mime_type, create=True).ref

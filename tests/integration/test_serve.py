@@ -94,6 +94,9 @@ def test_bad_requests_say_what_is_wrong(client: httpx.Client) -> None:
     assert post("tell", content="{", headers=as_json)[0] == 400
     assert post("tell", json=[]) == (422, "the body must be a JSON object, the payload's fields")
     assert post("tell", content="words=3")[0] == 415
+    assert post("tell", content="[" * 10_000, headers=as_json)[0] == 400
+    code, message = post("tell", json={"words": 10**30})
+    assert (code, message[:27]) == (422, "the payload can't be sent: ")
     assert post("tell?timeout_ms=soon", json={}) == (422, "timeout_ms=soon: expected milliseconds")
     assert post("mirror", json={"file": "x", "data": "*"}) == (
         422, "payload.data: not base64: Only base64 data is allowed",
@@ -116,6 +119,10 @@ def test_files_come_as_parts_of_a_form_or_as_urls(client: httpx.Client) -> None:
     assert (stored.content, stored.headers["content-type"]) == (b"a cat", "text/plain; charset=utf-8")
     assert "sandbox" in stored.headers["content-security-policy"]
     assert client.get("/v1/files/no/such").status_code == 404
+    odd = client.post(
+        "/v1/functions/mirror", files=[("file", ("../" + "x" * 300 + " ö.png", b"1", "image/png"))]
+    ).json()
+    assert odd["file"]["ref"].endswith("x_ö.png")
     ref = answer["file"]["ref"]
     again = client.post("/v1/functions/mirror", json={"file": ref, "data": "QUI="}).json()
     assert (again["file"]["ref"], again["data_size"]) == (ref, 2)
@@ -145,6 +152,15 @@ def test_a_run_can_be_canceled_by_its_id(client: httpx.Client) -> None:
         assert client.delete(f"/v1/runs/{run_id}").status_code == 202
         assert list(events)[-1][1]["type"] == "canceled"
     assert client.delete(f"/v1/runs/{run_id}").status_code == 404
+
+
+def test_the_last_fifty_runs_are_kept(client: httpx.Client) -> None:
+    ids = []
+    for number in range(52):
+        ids.append(client.post("/v1/functions/tell", json={"words": 0}).headers["x-run-id"])
+        if number == 20:
+            assert {run["run_id"] for run in runs_of(client)} >= set(ids)
+    assert [run["run_id"] for run in runs_of(client)] == ids[:1:-1]
 
 
 def test_the_state_is_watched_as_events(client: httpx.Client) -> None:

@@ -259,6 +259,17 @@ async def test_deltas_are_iterated_as_they_come(orchestrator: MockOrchestrator, 
     assert [delta async for delta in handle] == handle.deltas == [{"n": 0}, {"n": 1}, {"n": 2}]
 
 
+async def test_all_events_are_streamed_until_the_result(orchestrator: MockOrchestrator, worker: FakeWorker) -> None:
+    handle = await orchestrator.run("greet")
+    await worker.event(handle.run_id, "job.progress", {"progress": 0.5})
+    await worker.event(handle.run_id, "output.delta", {"text": "a"})
+    await worker.succeed(handle.run_id, None)
+    assert [(event.type, event.payload) async for event in handle.stream()] == [
+        ("job.progress", {"progress": 0.5}),
+        ("output.delta", {"text": "a"}),
+    ]
+
+
 async def test_cancel_goes_out_on_the_stream_that_the_worker_has_now(
     orchestrator: MockOrchestrator, worker: FakeWorker
 ) -> None:

@@ -103,6 +103,17 @@ async def test_what_does_not_drain_or_leave_is_killed(slots: Slots, monkeypatch:
     assert stubborn.killed == ["it was asked for new executors"]
 
 
+async def test_a_slot_that_is_being_filled_gets_one_executor(slots: Slots) -> None:
+    await serving(slots)
+    slots.child(0).on_exit(ExitCause(-9, ""))
+    renewing = asyncio.ensure_future(slots.pool.renew(0, "new code", 30.0))
+    slots.pool._spawn(slots.pool._slots[0])  # as the timer of its replacement does, before the renewal's first step
+    await until(lambda: len(slots.pool.handles) == 2)
+    slots.ready(0)
+    assert await renewing is True
+    assert SpawningChild.spawned == 3
+
+
 async def test_a_stop_during_a_renewal_is_a_stop(slots: Slots) -> None:
     await serving(slots)
     renewing = asyncio.ensure_future(slots.pool.renew(0, "new code", 30.0))

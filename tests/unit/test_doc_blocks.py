@@ -1,4 +1,4 @@
-"""What the documentation shows: Python blocks run, commands exist with their options, links lead somewhere."""
+"""What the documentation shows: Python blocks run, commands exist with their options, generated pages are fresh."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ OTHERS: Final = frozenset({
 })  # fmt: skip
 """Programs that a block may call and that are not ours to check."""
 _BLOCK: Final = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_LINK: Final = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -57,12 +56,6 @@ def test_commands_of_shell_blocks_exist(path: Path) -> None:
         assert syntax.returncode == 0, syntax.stderr
         for words in commands(text):
             check(words)
-
-
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_links_to_files_lead_to_files(path: Path) -> None:
-    links = [link for link in _LINK.findall(path.read_text("utf-8")) if "://" not in link]
-    assert [link for link in links if not (path.parent / link).exists()] == []
 
 
 def test_the_generated_pages_are_fresh() -> None:
