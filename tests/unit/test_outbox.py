@@ -474,6 +474,8 @@ class OutboxMachine(RuleBasedStateMachine):
         self.results: dict[int, bytes] = {}
         self.batch: list[bytes] | None = None
         self.taken_at = 0.0
+        self.quiet_at = self.box.now
+        """When the stream last had nothing that it did not take."""
         self.unread = False
         self.gone: set[bytes] = set()
         """Events that a stream swallowed without a sign that it was not read."""
@@ -537,6 +539,8 @@ class OutboxMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.1, 5.0, 61.0]))
     def pass_time(self, seconds: float) -> None:
         self.box.now += seconds
+        if self.batch is None:
+            self.quiet_at = self.box.now
 
     @rule(losses=st.integers(0, 40))
     def close_stream(self, losses: int) -> None:
@@ -546,7 +550,8 @@ class OutboxMachine(RuleBasedStateMachine):
         lost = size = 0
         for message, sent_at in reversed(self.stream):
             size += len(message) + 256
-            too_old = not self.unread and self.box.now - sent_at >= DELIVERED_S
+            seen_at = self.quiet_at if self.unread else self.box.now
+            too_old = seen_at - sent_at >= DELIVERED_S
             if lost == losses or size >= 3000 or too_old:
                 break
             lost += 1
