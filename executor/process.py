@@ -18,6 +18,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import errno
 import os
 import sys
 import threading
@@ -107,8 +108,8 @@ class Departure:
         self._leave(code & 0xFF if isinstance(code, int) else 1)
 
     def pipe_closed(self, error: OSError | None = None) -> NoReturn:
-        """Nobody is left to answer to; or tenant code has closed the way to them, which `error` tells."""
-        if error is not None:
+        """Nobody is left to answer to; or code in this process has closed the way to them, which `error` tells."""
+        if error is not None and error.errno in {errno.EBADF, errno.ENOTSOCK}:
             say(f"its pipe to the supervisor is gone ({error.strerror}): was it closed by code in this process?")
         os._exit(ExitCode.PIPE_CLOSED)
 

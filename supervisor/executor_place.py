@@ -84,7 +84,9 @@ def _closed_to_us(run_dir: Path) -> str:
         owner = f"{place} belongs to uid {place.stat().st_uid}"
     except OSError as error:
         owner = f"{place}: {error.strerror}"
-    remedy = f"set WORKER_RUN_DIR to a directory of its own, or remove or chown {place}"
+    remedy = "set WORKER_RUN_DIR to a directory of its own"
+    if place == run_dir:
+        remedy += ", or remove or chown this one"
     return f"WORKER_RUN_DIR is {run_dir}, where uid {os.geteuid()} may not write ({owner}): {remedy}"
 
 

@@ -318,9 +318,10 @@ class Outbox:
     def forget_delivered(self) -> None:
         """Let go of what is known to have arrived by now.
 
-        Time proves nothing while a batch is stuck: a scheduler's library answers pings that its program never sees.
+        Time proves nothing while a batch is stuck, nor when the stream ended then: a scheduler's library answers pings
+        that its program never sees.
         """
-        before = None if self._taken else self._clock() - DELIVERED_S
+        before = None if self._taken or self._was_unread else self._clock() - DELIVERED_S
         for pack in self._retained.arrived(self._position, before):
             self._forget(pack)
         for _ in self._events.arrived(self._position, before):

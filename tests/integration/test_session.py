@@ -33,6 +33,7 @@ class Box:
         self.taken: list[bytes] = []
         self.accepted_all: list[bytes] = []
         self.streams: list[str] = []
+        self.ends: list[StreamStatus | None] = []
         self.batch_messages = 8
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -64,6 +65,7 @@ class Box:
     def stream_closed(self, status: StreamStatus | None = None) -> None:
         assert not self.taken, "the last batch must be accounted for before the stream is closed"
         self.streams.append("closed")
+        self.ends.append(status)
 
     async def flushed(self) -> None:
         await self._idle.wait()
@@ -331,6 +333,7 @@ async def test_what_was_not_accepted_goes_out_on_the_next_stream_in_order() -> N
             assert server.dials[1].received == [REGISTRATION, *messages[accepted:]]
             assert bench.box.accepted_all == messages
             assert bench.box.streams == ["opened", "closed", "opened"]
+            assert bench.box.ends == [StreamStatus(StatusCode.UNAVAILABLE, "restarting")]
             assert bench.session.epoch == 2
 
 

@@ -38,7 +38,7 @@ async def test_a_short_torture_breaks_no_guarantee(seed: int, tmp_path: Path) ->
     report = await _tortured(seed, SHORT_S, tmp_path / "log")
     assert report.violations == ()
     assert report.lost == 0
-    # It was a torture: its seed has all that lasts long (a stream that is not read and then cut) and many stream ends.
+    # It was a torture: this seed has many ends of streams, and one that is not read and then cut.
     assert report.accepted > 100
     assert report.results["success"] > 50
     assert report.redelivered > 0

@@ -399,9 +399,18 @@ def test_events_of_a_run_whose_result_has_arrived_do_not_go_again(box: Box) -> N
     box.outbox.put_result(1, b"r")
     box.send_all()
     box.now += DELIVERED_S
+    box.outbox.forget_delivered()
     stuck(box)
     box.outbox.stream_closed()
     assert box.send_all() == [b"stuck"]
+
+
+def test_time_on_a_stream_that_is_not_read_proves_nothing(box: Box) -> None:
+    box.outbox.put_result(1, b"r")
+    box.send_all()
+    stuck(box, 2 * DELIVERED_S)
+    box.outbox.stream_closed()
+    assert box.send_all() == [b"r", b"stuck"]
 
 
 def test_one_stuck_stream_says_nothing_of_the_next(box: Box) -> None:
@@ -465,6 +474,8 @@ class OutboxMachine(RuleBasedStateMachine):
         self.results: dict[int, bytes] = {}
         self.batch: list[bytes] | None = None
         self.taken_at = 0.0
+        self.quiet_at = self.box.now
+        """When the stream last had nothing that it did not take."""
         self.unread = False
         self.gone: set[bytes] = set()
         """Events that a stream swallowed without a sign that it was not read."""
@@ -528,19 +539,23 @@ class OutboxMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.1, 5.0, 61.0]))
     def pass_time(self, seconds: float) -> None:
         self.box.now += seconds
+        if self.batch is None:
+            self.quiet_at = self.box.now
 
     @rule(losses=st.integers(0, 40))
     def close_stream(self, losses: int) -> None:
         """It loses its last messages: no more than a connection holds, none older than keepalive finds out."""
+        if self.batch is not None:
+            self.unread = self.box.now - self.taken_at >= UNREAD_S
         lost = size = 0
         for message, sent_at in reversed(self.stream):
             size += len(message) + 256
-            if lost == losses or size >= 3000 or self.box.now - sent_at >= DELIVERED_S:
+            seen_at = self.quiet_at if self.unread else self.box.now
+            too_old = seen_at - sent_at >= DELIVERED_S
+            if lost == losses or size >= 3000 or too_old:
                 break
             lost += 1
         self.arrived += [message for message, _ in self.stream[: len(self.stream) - lost]]
-        if self.batch is not None:
-            self.unread = self.box.now - self.taken_at >= UNREAD_S
         if not self.unread:
             self.gone |= {message for message, _ in self.stream[len(self.stream) - lost :] if message[:1] == b"E"}
         else:

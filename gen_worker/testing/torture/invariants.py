@@ -47,7 +47,7 @@ class Bounds:
     supervisor_rss: int = 200 * 2**20
     executor_rss: int = 200 * 2**20
     """0: not judged."""
-    more_fds: int = 4
+    more_fds: int = 8
     kept_s: float = 1.0
     """Within which a result must be on disk."""
     """What the supervisor may have more at the end than at the start."""
