@@ -55,13 +55,10 @@ class HostModels:
         self._to_prefetch: deque[str] = deque()
         self._prefetching: set[str] = set()
         self._listing: asyncio.Task[None] | None = None
-        self._events: SourceEvents | None = None
-        for model_id, artifact in self._artifacts.items():
-            self._add_artifact(model_id, artifact)
-
-    def listen(self, events: SourceEvents) -> None:
+        self.events: SourceEvents | None = None
         """Who is told what became of fetches, and of what changed on disk."""
-        self._events = events
+        for model_id, artifact in self._artifacts.items():
+            _check_artifact(model_id, artifact)
 
     def start(self, cache_dir: Path) -> None:
         """Find out what is on disk from earlier; where nothing was ever downloaded no process is needed for that."""
@@ -81,14 +78,17 @@ class HostModels:
     # -- ModelSource --------------------------------------------------------------------------
 
     def knows(self, model_id: str) -> bool:
-        """Whether it is here or could be fetched."""
-        if model_id in self._local:
+        """Whether it is here or could be fetched, or should be here as a local artifact."""
+        if model_id in self._local or model_id in self._artifacts:
             return True
         ref = _parsed(model_id)
         return ref is not None and (ref.scheme == "hf" or self._hub)
 
     def local(self, model_id: str) -> LocalModel | None:
-        """Its files, when they are whole on disk now."""
+        """Its files, when they are whole on disk now. A local artifact may be mounted later, or be gone again."""
+        artifact = self._artifacts.get(model_id)
+        if artifact is not None:
+            return self._local_artifact(model_id, artifact)
         found = self._local.get(model_id)
         if found is not None and not Path(found.root_dir).is_dir():
             self._lost(model_id)
@@ -97,12 +97,16 @@ class HostModels:
 
     def fetch(self, model_id: str) -> None:
         """Have it fetched unless that is under way; `model_fetched` or `fetch_failed` follows."""
+        if model_id in self._artifacts:
+            asyncio.get_running_loop().call_soon(self._tell_artifact, model_id)
+            return
         self._wanted.add(model_id)
         self._fetch(model_id)
 
     def on_disk(self) -> Collection[str]:
         """The ids of all that is whole on disk."""
-        return self._local.keys()
+        mounted = (model_id for model_id, found in self._artifacts.items() if Path(found.root_dir).is_dir())
+        return {*self._local, *mounted}
 
     def hold(self, model_id: str) -> None:
         """Its files are in use and are not removed until as many `release` calls followed."""
@@ -155,8 +159,8 @@ class HostModels:
 
     async def _fetch_one(self, model_id: str) -> None:
         def progress(done_bytes: int, total_bytes: int, bytes_per_s: float) -> None:
-            if self._events is not None:
-                self._events.fetch_progress(model_id, done_bytes, total_bytes, bytes_per_s)
+            if self.events is not None:
+                self.events.fetch_progress(model_id, done_bytes, total_bytes, bytes_per_s)
 
         failure: Failure | None = None
         try:
@@ -176,13 +180,13 @@ class HostModels:
         self._wanted.discard(model_id)
         if failure is not None:
             log.error("model %s can't be fetched: %s", model_id, failure.detail or failure.safe_message)
-            if wanted and self._events is not None:
-                self._events.fetch_failed(model_id, failure)
+            if wanted and self.events is not None:
+                self.events.fetch_failed(model_id, failure)
             return
         try:
-            if self._events is not None:
-                self._events.model_fetched(model_id)
-                self._events.disk_changed()
+            if self.events is not None:
+                self.events.model_fetched(model_id)
+                self.events.disk_changed()
         finally:
             self.release(model_id)
 
@@ -208,9 +212,9 @@ class HostModels:
         for model in listed.models:
             if model.ref not in self._artifacts and model.ref not in self._fetching:
                 self._know(model)
-        log.info("%d models are on disk", len(self._local))
-        if listed.models and self._events is not None:
-            self._events.disk_changed()
+        log.info("%d downloaded models are on disk", len(listed.models))
+        if listed.models and self.events is not None:
+            self.events.disk_changed()
 
     def models_removed(self, refs: Iterable[str]) -> None:
         """The transfer process took these from disk to make room."""
@@ -221,8 +225,8 @@ class HostModels:
     def _lost(self, model_id: str) -> None:
         self._local.pop(model_id, None)
         self._locks.pop(model_id, None)
-        if self._events is not None:
-            self._events.disk_changed()
+        if self.events is not None:
+            self.events.disk_changed()
 
     def _lock(self, model_id: str, path: str) -> None:
         """Keep the files of what was downloaded from being removed."""
@@ -246,16 +250,39 @@ class HostModels:
             os.utime(fd)  # it was in use until now
             os.close(fd)
 
-    def _add_artifact(self, model_id: str, artifact: Artifact) -> None:
+    # -- local artifacts ----------------------------------------------------------------------
+
+    def _local_artifact(self, model_id: str, artifact: Artifact) -> LocalModel | None:
         root = Path(artifact.root_dir)
-        missing = [path for path in (root, *(root / name for name in artifact.files.values())) if not path.exists()]
         if not root.is_dir():
-            log.error("WORKER_MODEL_ARTIFACTS_JSON: model %s is left out: there is no directory %s", model_id, root)
+            self._local.pop(model_id, None)
+            return None
+        if model_id not in self._local:  # the weights are counted once
+            weights = sum(path.stat().st_size for path in root.rglob("*") if path.name.endswith(WEIGHT_SUFFIXES))
+            self._local[model_id] = LocalModel(artifact.root_dir, artifact.files, artifact.metadata, weights)
+        return self._local[model_id]
+
+    def _tell_artifact(self, model_id: str) -> None:
+        """There is nothing to fetch: say whether it is here."""
+        if self.events is None:
             return
-        for path in missing:
-            log.warning("WORKER_MODEL_ARTIFACTS_JSON: model %s names %s, which is not there", model_id, path)
-        weights = sum(path.stat().st_size for path in root.rglob("*") if path.name.endswith(WEIGHT_SUFFIXES))
-        self._local[model_id] = LocalModel(artifact.root_dir, artifact.files, artifact.metadata, weights)
+        if self.local(model_id) is not None:
+            self.events.model_fetched(model_id)
+            return
+        where = f"there is no directory {self._artifacts[model_id].root_dir}"
+        detail = f"model {model_id} of WORKER_MODEL_ARTIFACTS_JSON can't be loaded: {where}"
+        self.events.fetch_failed(model_id, Failure("fatal", "model can't be loaded: its files are missing", detail))
+
+
+def _check_artifact(model_id: str, artifact: Artifact) -> None:
+    """Say at start what is missing; it is looked for again when it is needed."""
+    root = Path(artifact.root_dir)
+    if not root.is_dir():
+        log.error("WORKER_MODEL_ARTIFACTS_JSON: model %s can't be loaded: there is no directory %s", model_id, root)
+        return
+    for name in artifact.files.values():
+        if not (root / name).exists():
+            log.warning("WORKER_MODEL_ARTIFACTS_JSON: model %s names %s, which is not there", model_id, root / name)
 
 
 def _parsed(model_id: str) -> ParsedModelRef | None:

@@ -3,7 +3,7 @@
 Owns: how many there are, when a dead one is replaced, and when a slot is given up.
 
 1. `start` spawns all slots at once; each reports when it is ready.
-2. A dead executor is replaced at once, and later and later when they keep dying (respawn.py).
+2. A dead executor is replaced at once; when it had not lived ALIVE_S, after a backoff from 1 s up to 60 s.
 3. BOOT_FAILURES deaths in a row before being ready close the slot: what it says will not change by itself.
 """
 

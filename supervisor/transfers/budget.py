@@ -1,8 +1,8 @@
 """How much of the disk models may take, and what goes when more is needed.
 
-Owns: what the downloads of this process have still to write. WORKER_MODEL_CACHE_MAX_GB counts blobs; without it the
-disk may be FULL of its size. Interrupted downloads go first, then the least recently used snapshots with the blobs
-that no other has; what anybody uses or makes, in this or another worker, stays.
+Owns: what the downloads of this process have still to write. WORKER_MODEL_CACHE_MAX_GB counts the blobs of the store
+and what was downloaded into Hugging Face's cache; without it the disk may be FULL of its size. Interrupted downloads go
+first, then the least recently used models; what anybody uses or makes, in this or another worker, stays.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from gen_worker.errors import ResourceError
-from supervisor.transfers.locks import locked_now
-from supervisor.transfers.store import Store, last_use
+from supervisor.transfers.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +32,22 @@ class DiskUsage(Protocol):
     def free(self) -> int: ...
 
 
+class Evictable(Protocol):
+    """One place where models lie."""
+
+    @property
+    def disk(self) -> Path:
+        """A directory on its disk, which need not be there yet."""
+
+    def used_bytes(self) -> int: ...
+
+    def removable(self) -> list[tuple[float, str]]:
+        """(last use in epoch seconds, name) of each model, those in use included."""
+
+    def evict(self, name: str) -> tuple[str, ...] | None:
+        """Remove it: the refs that are gone with it; None when it is in use."""
+
+
 class Budget:
     """See the module. Blocks, but for `arrived` and `release`."""
 
@@ -45,66 +60,68 @@ class Budget:
     ) -> None:
         """`on_removed` gets the refs that are no longer on disk."""
         self._store = store
+        self.places: list[Evictable] = [store]
         self._max_bytes = max_bytes
         self._on_removed = on_removed
         self._disk_usage = disk_usage
         self._coming: dict[str, int] = {}
 
-    def reserve(self, digest: str, need_bytes: int, wanted: frozenset[str]) -> None:
-        """Make room for what a snapshot lacks; its `wanted` blobs' parts stay. Raises ResourceError with the sizes."""
-        if self._room() < need_bytes:
-            self._make_room(digest, need_bytes, wanted)
-        self._coming[digest] = need_bytes
+    def reserve(self, name: str, need_bytes: int, place: Evictable, wanted: frozenset[str] = frozenset()) -> None:
+        """Make room in `place` for a model; the parts of `wanted` blobs stay. Raises ResourceError with the sizes."""
+        if self._room(place) < need_bytes:
+            self._make_room(name, need_bytes, place, wanted)
+        self._coming[name] = need_bytes
 
-    def arrived(self, digest: str, size: int) -> None:
+    def arrived(self, name: str, size: int) -> None:
         """So much of it is on the disk now (negative: is to be written again)."""
-        if digest in self._coming:
-            self._coming[digest] -= size
+        if name in self._coming:
+            self._coming[name] -= size
 
-    def release(self, digest: str) -> None:
-        self._coming.pop(digest, None)
+    def release(self, name: str) -> None:
+        self._coming.pop(name, None)
 
-    def _room(self) -> int:
+    def _room(self, place: Evictable) -> int:
         coming = sum(max(each, 0) for each in list(self._coming.values()))
         if self._max_bytes:
-            return self._max_bytes - self._store.used_bytes() - coming
-        disk = self._disk_usage(self._store.root)
+            return self._max_bytes - sum(each.used_bytes() for each in self.places) - coming
+        disk = self._disk_usage(_existing(place.disk))
         return min(int(disk.total * FULL) - disk.used, disk.free) - coming
 
-    def _make_room(self, digest: str, need_bytes: int, wanted: frozenset[str]) -> None:
+    def _make_room(self, name: str, need_bytes: int, place: Evictable, wanted: frozenset[str]) -> None:
         self._store.remove_abandoned(wanted)
-        self._sweep()
-        if self._room() + self._store.used_bytes() < need_bytes:
-            raise self._no_room(need_bytes, 0)  # not even an empty cache has room: nothing is removed in vain
+        places = self.places if self._max_bytes else [each for each in self.places if _same_disk(each, place)]
+        if self._room(place) + sum(each.used_bytes() for each in places) < need_bytes:
+            raise self._no_room(need_bytes, place, 0)  # not even with all gone: nothing is removed in vain
         in_use = 0
-        for candidate in self._by_last_use():
-            if self._room() >= need_bytes:
+        found = sorted((used, each, owner) for owner in range(len(places)) for used, each in places[owner].removable())
+        for _, candidate, owner in found:
+            if self._room(place) >= need_bytes:
                 return
-            if candidate == digest:
+            if candidate == name:
                 continue
-            refs = self._store.remove_snapshot(candidate)
+            refs = places[owner].evict(candidate)
             if refs is None:
                 in_use += 1
                 continue
             log.info("%s was removed from disk to make room", ", ".join(refs) or f"snapshot {candidate}")
-            self._sweep()
             self._on_removed(refs)
-        if self._room() < need_bytes:
-            raise self._no_room(need_bytes, in_use)
+        if self._room(place) < need_bytes:
+            raise self._no_room(need_bytes, place, in_use)
 
-    def _no_room(self, need_bytes: int, in_use: int) -> ResourceError:
+    def _no_room(self, need_bytes: int, place: Evictable, in_use: int) -> ResourceError:
         limit = f"WORKER_MODEL_CACHE_MAX_GB is {gb(self._max_bytes)}" if self._max_bytes else "the disk is too full"
         used = f"; {in_use} models that are in use were not removed" if in_use else ""
-        sizes = f"{gb(need_bytes)} are needed, {gb(max(self._room(), 0))} are left"
+        sizes = f"{gb(need_bytes)} are needed, {gb(max(self._room(place), 0))} are left"
         return ResourceError(f"no room on disk: {sizes}: {limit}{used}")
 
-    def _sweep(self) -> None:
-        with locked_now(self._store.store_lock):
-            self._store.remove_loose_blobs()
 
-    def _by_last_use(self) -> list[str]:
-        digests = [path.name for path in self._store.snapshots.iterdir()]
-        return sorted(digests, key=lambda each: last_use(self._store.use_lock(each)))
+def _same_disk(one: Evictable, other: Evictable) -> bool:
+    return _existing(one.disk).stat().st_dev == _existing(other.disk).stat().st_dev
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that is there."""
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def gb(size: int) -> str:

@@ -26,7 +26,7 @@ from supervisor.transfers.hub import Hub
 from supervisor.transfers.locks import locked, locked_now
 from supervisor.transfers.messages import ModelFiles, TransferSettings
 from supervisor.transfers.meter import Meter
-from supervisor.transfers.part_file import DiskFull, disk_full_errors
+from supervisor.transfers.part_file import DiskFull, disk_full_errors, remove_part
 from supervisor.transfers.snapshots import RemoteFile, Snapshot
 from supervisor.transfers.store import Record, Store
 
@@ -79,10 +79,8 @@ class CozyModels:
         if record is None:
             return 0
         before = self._store.used_bytes()
-        if self._store.remove_snapshot(record.snapshot) is None:
+        if self._store.evict(record.snapshot) is None:
             return None
-        with locked_now(self._store.store_lock):
-            self._store.remove_loose_blobs()
         return before - self._store.used_bytes()
 
     def _local(self, ref: str) -> Record | None:
@@ -131,7 +129,7 @@ class _Fetch:
         self._meter.begin(snapshot.size_bytes, snapshot.size_bytes - sum(file.size_bytes for file in missing))
         log.info("downloading %s: %s in %d files", self._ref.canonical, gb(need), len(blobs))
         try:
-            await asyncio.to_thread(self._budget.reserve, snapshot.digest, need, frozenset(blobs))
+            await asyncio.to_thread(self._budget.reserve, snapshot.digest, need, store, frozenset(blobs))
             with disk_full_errors(store.root):
                 await self._all(missing)
                 record = await asyncio.to_thread(store.publish, self._ref.canonical, snapshot)
@@ -192,8 +190,7 @@ class _Fetch:
         with locked_now(store.store_lock):
             shutil.rmtree(store.staging / self._snapshot.digest, ignore_errors=True)
             for digest in digests:
-                blob = store.blob(digest)
-                blob.with_name(f"{blob.name}.part").unlink(missing_ok=True)
+                remove_part(store.blob(digest))
             for digest in self._downloaded:
                 blob = store.blob(digest)
                 if blob.exists() and blob.stat().st_nlink == 1:

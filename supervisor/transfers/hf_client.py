@@ -127,6 +127,8 @@ def _translated(ref: ParsedModelRef) -> Iterator[None]:
 
     try:
         yield
+    except LocalEntryNotFoundError as error:  # how it says that it could not get at the network
+        raise Transient(f"{ref.canonical}: {_one_line(error)}") from error
     except GatedRepoError as error:
         raise AuthError(f"{ref.canonical} is gated: its terms must be accepted by the owner of HF_TOKEN") from error
     except RevisionNotFoundError as error:
@@ -141,8 +143,6 @@ def _translated(ref: ParsedModelRef) -> Iterator[None]:
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             raise AuthError(f"Hugging Face refuses {ref.canonical} ({status}): check HF_TOKEN") from error
         raise FatalError(f"{ref.canonical}: Hugging Face answers {status}") from error
-    except LocalEntryNotFoundError as error:  # how it says that it could not get at the network
-        raise Transient(f"{ref.canonical}: {_one_line(error)}") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in _HTTP_LIBRARIES:
             raise

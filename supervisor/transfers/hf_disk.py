@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 from urllib.parse import quote
 
 import msgspec
@@ -23,7 +24,7 @@ from supervisor.transfers.messages import ModelFiles, TransferSettings
 from supervisor.transfers.snapshots import WEIGHT_SUFFIXES
 from supervisor.transfers.store import last_use
 
-WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "processor", "feature_extractor")
+WITHOUT_WEIGHTS: Final = ("tokenizer", "scheduler", "processor", "feature_extractor")
 """In the names of components that have none; any other without weights was not downloaded whole."""
 
 
@@ -35,6 +36,8 @@ class HfRecord(msgspec.Struct, frozen=True):
     options: str
     metadata: dict[str, str]
     files: dict[str, int]
+    ours: bool = False
+    """Whether it was downloaded for this ref, and so may be removed to make room."""
 
     @property
     def weight_bytes(self) -> int:
@@ -78,14 +81,17 @@ class HfDisk:
             return record
         snapshot = self._cached_snapshot(ref)
         selection = None if snapshot is None else self._selected(ref, snapshot)
-        return None if snapshot is None or selection is None else self.remember(ref, str(snapshot), selection)
+        if snapshot is None or selection is None:
+            return None
+        ours = record is not None and record.ours and record.root_dir == str(snapshot)
+        return self.remember(ref, str(snapshot), selection, ours=ours)
 
-    def remember(self, ref: ParsedModelRef, root_dir: str, selection: Selection) -> HfRecord:
-        """Write what was taken for the ref. Raises OSError."""
+    def remember(self, ref: ParsedModelRef, root_dir: str, selection: Selection, *, ours: bool = False) -> HfRecord:
+        """Write what was taken for the ref; `ours`: it was downloaded for it. Raises OSError."""
         files = {path: _size(Path(root_dir) / path) for path in selection.files}
         precisions = {precision for precision in selection.precisions.values() if precision}
         metadata = {"quantization": precisions.pop()} if len(precisions) == 1 else {}
-        record = HfRecord(ref.canonical, root_dir, self._options, metadata, files)
+        record = HfRecord(ref.canonical, root_dir, self._options, metadata, files, ours)
         path = self._path(ref.canonical)
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}.new")
@@ -112,10 +118,39 @@ class HfDisk:
                 return 0
             return _remove_revision(Path(record.root_dir))
 
+    def discard(self, ref: ParsedModelRef, commit: str) -> None:
+        """Take what a download that failed has written, unless it is part of what was there before."""
+        repo = self._repo(ref)
+        for part in repo.glob("blobs/*.incomplete"):
+            part.unlink(missing_ok=True)
+        snapshot = repo / "snapshots" / commit
+        if snapshot.is_dir() and str(snapshot) not in {record.root_dir for record in self._records()}:
+            _remove_revision(snapshot)
+
+    # -- Evictable ----------------------------------------------------------------------------
+
+    @property
+    def disk(self) -> Path:
+        return self.cache
+
+    def used_bytes(self) -> int:
+        """Of what was downloaded by this and other workers; a snapshot counts once."""
+        sizes = {record.root_dir: sum(record.files.values()) for record in self._records() if record.ours}
+        return sum(size for root_dir, size in sizes.items() if Path(root_dir).is_dir())
+
+    def removable(self) -> list[tuple[float, str]]:
+        """(last use, ref) of what was downloaded; other programs' snapshots stay."""
+        return [(last_use(self.use_lock(record.ref)), record.ref) for record in self._records() if record.ours]
+
+    def evict(self, name: str) -> tuple[str, ...] | None:
+        """Remove what was downloaded for a ref; None when it is in use or being made."""
+        with locked_if_free(self.fetch_lock(name)) as idle:
+            return None if not idle or self.remove(name) is None else (name,)
+
     # -- snapshots that came by other means ---------------------------------------------------
 
     def _cached_snapshot(self, ref: ParsedModelRef) -> Path | None:
-        repo = self.cache / f"models--{ref.org}--{ref.repo}"
+        repo = self._repo(ref)
         revision = ref.revision or "main"
         try:
             commit = (repo / "refs" / revision).read_text("ascii").strip()
@@ -140,6 +175,9 @@ class HfDisk:
             return None  # it is asked for anew, and whatever is wrong with the repo is said then
 
     # -- records ------------------------------------------------------------------------------
+
+    def _repo(self, ref: ParsedModelRef) -> Path:
+        return self.cache / f"models--{ref.org}--{ref.repo}"
 
     def _path(self, ref: str) -> Path:
         return self._root / "refs" / f"{quote(ref, safe='')}.json"

@@ -62,7 +62,7 @@ class Component:
     support: tuple[str, ...]
     sets: tuple[WeightSet, ...]
     other_weights: tuple[str, ...]
-    """Files that hold weights in a form that is never taken."""
+    """Files that hold weights in a form that is never taken, and shards, which are nothing without their index."""
     any_precision: bool = False
     """Whether a set of another precision is better than none."""
 
@@ -168,11 +168,12 @@ def _component(name: str, repo: str, files: Mapping[str, int], contents: Mapping
     own = [path for path in sorted(files) if path.startswith(prefix)]
     direct = {path.removeprefix(prefix): path for path in own if "/" not in path.removeprefix(prefix)}
     nested = own if name else list(direct.values())
+    shards = [path for file, path in direct.items() if _SHARD.fullmatch(file)]  # of use only with an index
     return Component(
         name,
         support=tuple(path for path in nested if _is_support(path, files[path])),
         sets=tuple(_sets(repo, direct, contents)),
-        other_weights=tuple(path for path in own if path.endswith(OTHER_WEIGHTS)),
+        other_weights=(*(path for path in own if path.endswith(OTHER_WEIGHTS)), *shards),
         any_precision=not name,
     )
 
@@ -228,7 +229,8 @@ def _best(component: Component, repo: str, dtypes: Mapping[str, str], options: H
     if not component.sets:
         if component.other_weights:
             first = component.other_weights[0]
-            raise FatalError(f"{where} has no safetensors, only files that are never downloaded, such as {first}")
+            form = "neither a safetensors file nor shards with their index"
+            raise FatalError(f"{where} has {form}, only what is never downloaded, such as {first}")
         return None
     accepted = [each for each in component.sets if _precision(each, dtypes) in (*options.precisions, "")]
     if not accepted and not component.any_precision:

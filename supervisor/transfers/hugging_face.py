@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
@@ -20,9 +19,9 @@ from typing import Final, TypeVar
 
 import aiohttp
 
-from gen_worker.errors import AuthError, FatalError, ResourceError, RetryableError
+from gen_worker.errors import AuthError, FatalError, RetryableError
 from gen_worker.model_refs import ParsedModelRef
-from supervisor.transfers.budget import gb
+from supervisor.transfers.budget import Budget, gb
 from supervisor.transfers.hf_client import FILES_AT_ONCE, Repo, Stopped, fetch_files, look_up
 from supervisor.transfers.hf_disk import HfDisk, HfRecord
 from supervisor.transfers.hf_probe import probe_dtype
@@ -31,6 +30,7 @@ from supervisor.transfers.http import connection_errors, is_transient, retry_aft
 from supervisor.transfers.locks import locked
 from supervisor.transfers.messages import ModelFiles, TransferSettings
 from supervisor.transfers.meter import Meter
+from supervisor.transfers.part_file import DiskFull
 from supervisor.transfers.retries import Transient, with_retries
 
 log = logging.getLogger(__name__)
@@ -42,10 +42,12 @@ SMALL_FILE_BYTES: Final = 64 * 2**20
 class HuggingFaceModels:
     """See the module."""
 
-    def __init__(self, settings: TransferSettings, session: aiohttp.ClientSession) -> None:
+    def __init__(self, settings: TransferSettings, session: aiohttp.ClientSession, budget: Budget) -> None:
         self._settings = settings
         self._session = session
+        self._budget = budget
         self._disk = HfDisk(settings)
+        budget.places.append(self._disk)
 
     def models(self) -> list[ModelFiles]:
         """All that is whole on disk; blocks."""
@@ -68,12 +70,18 @@ class HuggingFaceModels:
         repo = await self._on_thread(lambda: look_up(ref, self._settings.hf_token))
         selection = await self._select(repo)
         cache = await asyncio.to_thread(lambda: self._disk.cache)
-        await asyncio.to_thread(_check_room, cache, selection, ref)
         meter.begin(selection.size_bytes, 0)
         chosen = ", ".join(f"{name} {precision or '?'}" for name, precision in selection.precisions.items())
         log.info("downloading %s: %s, %s", ref.canonical, gb(selection.size_bytes), chosen or "no weights")
-        root_dir = await self._fetch_files(repo, selection, cache, meter)
-        record = await asyncio.to_thread(self._disk.remember, ref, root_dir, selection)
+        try:
+            await asyncio.to_thread(self._budget.reserve, ref.canonical, selection.size_bytes, self._disk)
+            root_dir = await self._fetch_files(repo, selection, cache, meter)
+        except DiskFull:
+            await asyncio.to_thread(self._disk.discard, ref, repo.commit)
+            raise
+        finally:
+            self._budget.release(ref.canonical)
+        record = await asyncio.to_thread(self._disk.remember, ref, root_dir, selection, ours=True)
         for path, size in record.files.items():
             if size != repo.files[path]:
                 raise RetryableError(f"{ref.canonical}: {path} has {size} bytes, its listing says {repo.files[path]}")
@@ -145,13 +153,3 @@ class HuggingFaceModels:
                 f"Hugging Face refuses {what} ({status}): check HF_TOKEN and whether its terms are accepted"
             )
         raise FatalError(f"{what}: Hugging Face answers {status}")
-
-
-def _check_room(cache: Path, selection: Selection, ref: ParsedModelRef) -> None:
-    """Raises ResourceError when the cache's disk can't take it."""
-    cache.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache).free
-    if free < selection.size_bytes:
-        raise ResourceError(
-            f"no room on disk for {ref.canonical}: {gb(selection.size_bytes)} are needed, {gb(free)} are left"
-        )

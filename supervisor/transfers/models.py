@@ -125,5 +125,7 @@ async def model_handlers(settings: TransferSettings, stack: AsyncExitStack, send
     store = Store(settings.model_cache_dir)
     budget = Budget(store, settings.model_cache_max_bytes, removed)
     cozy = CozyModels(settings, session, Hub(session, settings), store, budget)
-    models = Models({"cozy": cozy, "hf": HuggingFaceModels(settings, session)}, settings.max_concurrent_downloads)
+    models = Models(
+        {"cozy": cozy, "hf": HuggingFaceModels(settings, session, budget)}, settings.max_concurrent_downloads
+    )
     return {FetchModel: models.fetch, ListModels: models.list_models, RemoveModel: models.remove}

@@ -19,7 +19,7 @@ from typing import Final
 from blake3 import blake3
 
 from gen_worker.errors import ResourceError
-from supervisor.transfers.locks import try_lock
+from supervisor.transfers.locks import locked_if_free, try_lock
 
 READ_BYTES: Final = 4 * 1024 * 1024
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -33,7 +33,7 @@ class PartFile:
     """See the module. One thread at a time; all of it blocks."""
 
     def __init__(self, target: Path) -> None:
-        self.path = target.with_name(f"{target.name}.part")
+        self.path = part_of(target)
         self.offset = 0
         """Bytes that are written and hashed."""
         self._target = target
@@ -102,6 +102,19 @@ class PartFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def part_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.part")
+
+
+def remove_part(target: Path) -> None:
+    """Take what was left of a download, unless another one is writing it."""
+    part = part_of(target)
+    if part.exists():
+        with locked_if_free(part) as free:
+            if free:
+                part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -26,9 +26,9 @@ from urllib.parse import quote
 
 import msgspec
 
-from supervisor.transfers.locks import locked_if_free, open_lock
+from supervisor.transfers.locks import locked_if_free, locked_now, open_lock
 from supervisor.transfers.messages import ModelFiles
-from supervisor.transfers.part_file import hash_file, is_sealed, seal, sync_directory
+from supervisor.transfers.part_file import hash_file, is_sealed, remove_part, seal, sync_directory
 from supervisor.transfers.snapshots import WEIGHT_SUFFIXES, RemoteFile, Snapshot
 
 RECORD_SUFFIX: Final = ".json"
@@ -185,6 +185,21 @@ class Store:
                 self._retire(place)
             return refs
 
+    @property
+    def disk(self) -> Path:
+        return self.root
+
+    def removable(self) -> list[tuple[float, str]]:
+        """(last use, digest) of each snapshot."""
+        return [(last_use(self.use_lock(path.name)), path.name) for path in _entries(self.snapshots)]
+
+    def evict(self, name: str) -> tuple[str, ...] | None:
+        """Take a snapshot and the blobs that no other has; None when it is in use."""
+        refs = self.remove_snapshot(name)
+        if refs is not None:
+            self.remove_loose_blobs()
+        return refs
+
     def remove_abandoned(self, wanted: frozenset[str]) -> None:
         """Take what interrupted downloads left, but for the `.part`s of the `wanted` blobs."""
         for staged in _entries(self.staging):
@@ -193,15 +208,15 @@ class Store:
                     shutil.rmtree(staged, ignore_errors=True)
         for part in self.blobs.glob("??/??/*.part"):
             if part.stem not in wanted:
-                with locked_if_free(part) as idle:
-                    if idle:
-                        part.unlink(missing_ok=True)
+                remove_part(part.with_suffix(""))
+        self.remove_loose_blobs()
 
     def remove_loose_blobs(self) -> None:
-        """Take the blobs to which no snapshot links; `store_lock` is held exclusively."""
-        for blob in self.blobs.glob("??/??/*"):
-            if blob.suffix != ".part" and blob.lstat().st_nlink == 1:
-                blob.unlink(missing_ok=True)
+        """Take the blobs to which no snapshot links."""
+        with locked_now(self.store_lock):
+            for blob in self.blobs.glob("??/??/*"):
+                if blob.suffix != ".part" and blob.lstat().st_nlink == 1:
+                    blob.unlink(missing_ok=True)
 
     def used_bytes(self) -> int:
         """Of blobs and `.part`s; a blob counts once, however many snapshots have it."""

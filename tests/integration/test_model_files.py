@@ -68,7 +68,7 @@ class Host:
         )
         self.source: ModelSource = self.models
         self.events = Listener()
-        self.models.listen(self.events)
+        self.models.events = self.events
         self.models.start(cache)
 
     async def fetch(self, model_id: str) -> None:
@@ -117,14 +117,23 @@ async def test_local_artifacts_need_no_process(hub: DevHub, tmp_path: Path, capl
         found = our.source.local("mine")
         assert found is not None
         assert (found.root_dir, found.weight_bytes, found.metadata) == (str(root), 5, {"a": "b"})
-        assert [our.source.knows(name) for name in ("mine", A, B, "hf:a/b", "gone", "no ref")] == [True] * 4 + [
-            False
-        ] * 2
+        assert [our.source.knows(name) for name in ("mine", A, B, "hf:a/b", "gone", "no ref")] == [True] * 5 + [False]
         our.source.hold("mine")
         our.source.release("mine")
         our.models.prefetch(["mine", "org/a", "no ref"])
         assert our.transfers.pid is None
-    assert "model gone is left out: there is no directory" in caplog.text
+        our.models.fetch("gone")
+        our.models.fetch("mine")
+        assert our.events.failed == {}, "the answer comes after the call"
+        await until(lambda: bool(our.events.failed and our.events.fetched), WAIT_S)
+        assert our.events.fetched == ["mine"]
+        assert our.events.failed["gone"].detail.endswith(f"there is no directory {tmp_path / 'gone'}")
+        (tmp_path / "gone").mkdir()
+        assert our.source.local("gone") is not None, "it was mounted later"
+        (tmp_path / "gone").rmdir()
+        assert our.source.local("gone") is None
+        assert set(our.source.on_disk()) == {"mine", A}
+    assert "model gone can't be loaded: there is no directory" in caplog.text
     assert f"model mine names {root}/vae.bin, which is not there" in caplog.text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
 import signal
@@ -161,6 +162,29 @@ async def test_a_diffusers_pipeline_of_hugging_face(hugging_face: DevHuggingFace
         assert not Path(found.root_dir).exists()
 
 
+async def test_models_of_both_kinds_share_the_budget(hub: DevHub, hugging_face: DevHuggingFace, tmp_path: Path) -> None:
+    hugging_face.repos["org/pipe"] = PIPELINE
+    for name in "ab":
+        hub.put(f"org/{name}", {"f": name.encode() * 200_000})
+    env = {"HF_ENDPOINT": hugging_face.url}
+    settings = {"hub_url": hub.url, "hub_token": "hub-token", "hf_token": "hf-token", "model_cache_max_bytes": 450_000}
+    async with process(tmp_path, env, **settings) as transfers:
+        removed: list[str] = []
+        transfers.on_models_removed = removed.extend
+        await transfers.call(FetchModel("org/a"), ModelFiles)
+        pipe = await transfers.call(FetchModel("hf:org/pipe"), ModelFiles)
+        await transfers.call(FetchModel("org/b"), ModelFiles)
+        assert removed == ["cozy:org/a:latest"]
+        lock = os.open(pipe.lock_file, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        await transfers.call(FetchModel("org/a"), ModelFiles)
+        assert removed == ["cozy:org/a:latest", "cozy:org/b:latest"], "what is in use stays"
+        os.close(lock)
+        await transfers.call(FetchModel("org/b"), ModelFiles)
+        assert removed[2:] == ["hf:org/pipe"]
+        assert not Path(pipe.root_dir).exists()
+
+
 async def test_what_hugging_face_refuses(hugging_face: DevHuggingFace, tmp_path: Path) -> None:
     hugging_face.repos["org/pipe"] = PIPELINE
     hugging_face.repos["org/old"] = {"config.json": b"{}", "pytorch_model.bin": b"b"}
@@ -169,7 +193,7 @@ async def test_what_hugging_face_refuses(hugging_face: DevHuggingFace, tmp_path:
         for ref, error_type, words in (
             ("hf:org/none", "validation", "no such repo"),
             ("hf:org/pipe@v9", "validation", "no such revision"),
-            ("hf:org/old", "fatal", "has no safetensors"),
+            ("hf:org/old", "fatal", "has neither a safetensors file"),
         ):
             with pytest.raises(TransferError, match=words) as refused:
                 await transfers.call(FetchModel(ref), ModelFiles)
@@ -235,3 +259,19 @@ async def test_a_full_disk_is_said_and_freed(hub: DevHub, small_disk: Path) -> N
             await transfers.call(FetchModel("org/large"), ModelFiles)
         listed = await transfers.call(ListModels(), ModelList)
         assert [model.ref for model in listed.models] == [small.ref], "nothing was removed in vain"
+
+
+async def test_a_disk_that_hugging_face_fills_is_freed_too(hugging_face: DevHuggingFace, small_disk: Path) -> None:
+    hugging_face.repos["org/small"] = PIPELINE
+    large = safetensors("F16", 6 * 2**20)
+    hugging_face.repos["org/large"] = {**PIPELINE, "unet/diffusion_pytorch_model.safetensors": large}
+    env = {"HF_ENDPOINT": hugging_face.url}
+    settings = {"hf_token": "hf-token", "hf_home": str(small_disk / "hf_home"), "model_cache_max_bytes": 2**30}
+    async with process(small_disk.parent, env, **settings) as transfers:
+        small = await transfers.call(FetchModel("hf:org/small"), ModelFiles)
+        before = shutil.disk_usage(small_disk).used
+        with pytest.raises(TransferError, match=r"the disk of .* is full") as full:
+            await transfers.call(FetchModel("hf:org/large"), ModelFiles)
+        assert full.value.failure.error_type == "resource"
+        assert shutil.disk_usage(small_disk).used < before + 2**17
+        assert set(content(small.root_dir)) == SELECTED

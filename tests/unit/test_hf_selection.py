@@ -108,10 +108,10 @@ def test_whisper_takes_one_of_its_precisions() -> None:
 
 
 def test_only_other_formats() -> None:
-    with pytest.raises(FatalError, match=r"the root has no safetensors, only .* such as flax_model\.msgpack"):
+    with pytest.raises(FatalError, match=r"the root has neither .* such as flax_model\.msgpack"):
         plan(BIN_ONLY)
     vae = {path: size for path, size in SD15.files.items() if not (path.startswith("vae/") and "safetensors" in path)}
-    with pytest.raises(FatalError, match=r"vae has no safetensors, .* such as vae/diffusion_pytorch_model\.bin"):
+    with pytest.raises(FatalError, match=r"vae has neither a safetensors .* such as vae/diffusion_pytorch_model\.bin"):
         plan(dataclasses.replace(SD15, files=vae))
 
 
@@ -178,6 +178,12 @@ def test_broken_small_files(contents: dict[str, bytes], words: str) -> None:
 def test_shards_that_the_index_does_not_name_are_left() -> None:
     files = {**QWEN_VL.files, "model-00001-of-00002.safetensors": MB, "consolidated.safetensors": MB}
     assert weights(plan(dataclasses.replace(QWEN_VL, files=files))) == weights(plan(QWEN_VL))
+
+
+def test_shards_without_an_index_are_no_weights() -> None:
+    files = {path: size for path, size in QWEN_VL.files.items() if not path.endswith("index.json")}
+    with pytest.raises(FatalError, match=r"shards with their index, .* such as model-00001-of-00005\.safetensors"):
+        plan(dataclasses.replace(QWEN_VL, files=files, contents={}))
 
 
 def test_a_component_in_a_pipeline_that_the_index_leaves_out() -> None:
