@@ -85,6 +85,7 @@ class Service:
             strike_after_s=self._strike_after_s,
             loop=loop,
             loop_thread=loop_thread,
+            store=store,
         )
         self._runs: dict[int, ActiveRun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -186,6 +187,8 @@ class Service:
         run = self._runs.get(message.key)
         if run is not None:
             run.files.replied(message)
+        else:
+            self._sockets.file_reply(message)
 
     def _credit(self, message: Credit) -> None:
         run = self._runs.get(message.key)

@@ -26,16 +26,18 @@ from typing import Final
 
 from executor.blobs import Blobs
 from executor.events import LOOP_WINDOWS, EventStream, StalledError
+from executor.files import RunFiles, StoreSettings
 from executor.striker import Striker
 from executor.tracebacks import drop_frames
 from gen_worker.context import ActionContext
-from gen_worker.errors import CanceledError, FatalError, ResourceError, RunCanceled, ValidationError, WorkerError
+from gen_worker.errors import CanceledError, FatalError, ResourceError, RunCanceled, ValidationError
 from gen_worker.failures import failure_of
 from gen_worker.pipe.messages import (
     EVENT_OVERHEAD_BYTES,
     Cancel,
     CancelCause,
     Failure,
+    FileReply,
     Payload,
     Result,
     SocketClose,
@@ -68,6 +70,7 @@ class ActiveSession:
         blobs: Blobs,
         forget: Callable[[int, None], object],
         loop_thread: int,
+        store: StoreSettings,
     ) -> None:
         """`forget(key, None)` is called when the handler has ended."""
         self.message = message
@@ -75,6 +78,7 @@ class ActiveSession:
         self.cause: CancelCause | None = None
         self.context: ActionContext | None = None
         self.events = EventStream(message.key, message.window, send)
+        self.files = RunFiles(message.key, store, send)
         self.task: asyncio.Task[None] | None = None
         self._send = send
         self._blobs = blobs
@@ -109,6 +113,7 @@ class ActiveSession:
         if self.context is not None:
             self.context.cancel(self.cause)
         self.events.cancel()
+        self.files.cancel()
 
     def interrupt(self) -> None:
         """Cancel the handler's task, if it has begun; one that has not finds the flag."""
@@ -209,14 +214,16 @@ class ActiveSession:
         windows = LOOP_WINDOWS if threading.get_ident() == self._loop_thread else 1
         self.events.put(event_type, payload_json, windows=windows)
 
-    def store(self, ref: str, source: bytes | Path, *, create: bool) -> Asset:  # noqa: ARG002  # the protocol's
-        raise WorkerError(f"{ref!r} can't be stored: this worker has no file store")
+    def store(self, ref: str, source: bytes | Path, *, create: bool) -> Asset:
+        asset = self.files.store(ref, source, create=create)
+        asset.tenant_id = self.message.tenant_id or None
+        return asset
 
 
 class Sockets:
     """The sessions of this process. Fed by the reader; `start` runs a session's handler on the event loop."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (keyword-only, the parts that it connects)
         self,
         specs: Mapping[str, FunctionSpec],
         *,
@@ -226,6 +233,7 @@ class Sockets:
         strike_after_s: float,
         loop: asyncio.AbstractEventLoop,
         loop_thread: int,
+        store: StoreSettings,
     ) -> None:
         """`strike_after_s`: a cancel is repeated from then on, for handlers that swallow it."""
         self._specs = specs
@@ -236,6 +244,7 @@ class Sockets:
         self._striker = Striker()
         self._loop = loop
         self._loop_thread = loop_thread
+        self._store = store
         self._sessions: dict[int, ActiveSession] = {}
         self._for_loop: list[Callable[[], object]] = []
 
@@ -249,7 +258,13 @@ class Sockets:
             self._send(Result(message.key, b"", failure_of(error)))
             return
         session = ActiveSession(
-            message, spec, send=self._send, blobs=self._blobs, forget=self._sessions.pop, loop_thread=self._loop_thread
+            message,
+            spec,
+            send=self._send,
+            blobs=self._blobs,
+            forget=self._sessions.pop,
+            loop_thread=self._loop_thread,
+            store=self._store,
         )
         self._sessions[message.key] = session
         self._for_loop.append(partial(self._begin, session))
@@ -264,6 +279,11 @@ class Sockets:
         session = self._sessions.get(message.key)
         if session is not None:
             session.events.credit(message.size)
+
+    def file_reply(self, message: FileReply) -> None:
+        session = self._sessions.get(message.key)
+        if session is not None:
+            session.files.replied(message)
 
     def cancel(self, message: Cancel) -> None:
         session = self._sessions.get(message.key)

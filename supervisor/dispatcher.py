@@ -147,6 +147,7 @@ class Dispatcher:
             residency=residency,
             outbox=self.outbox,
             backlog=self.backlog,
+            files=self.files,
             refusal=self._no_room,
             ended=self._less.set,
         )
@@ -251,7 +252,8 @@ class Dispatcher:
 
     def run_file(self, handle: ExecutorHandle, request: FetchFile | StoreFile) -> None:
         run = self._run_of(handle, request.key)
-        if run is not None and run.state is RunState.RUNNING:
+        # A session that is closing has a handler that may still have something to store.
+        if run is not None and (run.state is RunState.RUNNING or isinstance(run, SocketSession)):
             if isinstance(request, StoreFile):
                 self.files.store(run, handle, request)
             else:

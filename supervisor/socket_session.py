@@ -63,6 +63,7 @@ class SocketSession(Run):
         super().__init__(
             key, command.session_id, function, b"", models, timeout_ms, command.tenant_id, command.user_id, arrived
         )
+        self.file_base_url, self.file_token = command.file_base_url, command.file_token
         self.reason = ""
         """Why it ends; empty while it does not."""
         self.told = False

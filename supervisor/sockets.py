@@ -30,6 +30,7 @@ from supervisor.lanes import Lanes
 from supervisor.model_names import ModelRefused, Models
 from supervisor.outbox import Outbox
 from supervisor.residency import Residency
+from supervisor.run_files import RunFiles
 from supervisor.runs import RunState, invalid
 from supervisor.socket_room import SocketRoom
 from supervisor.socket_session import (
@@ -84,6 +85,7 @@ class Sockets:
         residency: Residency,
         outbox: Outbox,
         backlog: Backlog,
+        files: RunFiles,
         refusal: Callable[[], Failure | None],
         ended: Callable[[], None],
     ) -> None:
@@ -95,6 +97,7 @@ class Sockets:
         self._residency = residency
         self._outbox = outbox
         self._backlog = backlog
+        self._files = files
         self._refusal = refusal
         self._ended = ended
         self._loop = asyncio.get_running_loop()
@@ -288,6 +291,7 @@ class Sockets:
     def _cancel(self, session: SocketSession, cause: CancelCause) -> None:
         if session.handle is not None and not session.state.is_terminal:
             session.handle.send_cancel(session.key, cause)
+            self._files.cancel(session)
             self._set_timer(session, self._grace_over)
 
     def _grace_over(self, session: SocketSession) -> None:
@@ -314,6 +318,7 @@ class Sockets:
         log.info("session of %s ended %s%s", session.function, session.reason, words, extra=extra)
         del self._by_key[session.key]
         self._lanes.remove(session)
+        self._files.end(session)
         if handle is not None:
             handle.release(session)
             self._residency.release(handle, session.models)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import signal
 import tempfile
@@ -37,7 +38,7 @@ class Rig:
     directory: Path
 
     @property
-    def access(self) -> dict[str, str]:
+    def access(self) -> dict[str, Any]:
         """What a run request says of its files."""
         return {"file_base_url": self.store.url, "file_token": TOKEN, "tenant_id": "tenant"}
 
@@ -335,6 +336,34 @@ async def test_the_end_of_a_worker_leaves_no_inputs(directory: Path) -> None:
             found.worker.signal(signal.SIGTERM)
             assert await found.worker.exit_code() == 0
     assert sorted(path.name for path in run_dir.iterdir()) == ["cache", f"uid-{os.geteuid()}"]
+
+
+# -- realtime sessions ----------------------------------------------------------------------------
+
+
+async def test_a_session_stores_files_with_its_own_token(rig: Rig) -> None:
+    """Also after the other end has closed: its handler may have something to keep."""
+    session = await rig.chain.orchestrator.open_realtime("keep", **rig.access)
+    outputs = f"runs/{session.session_id}/outputs"
+    for number, data in enumerate((b"one", b"two"), 1):
+        await session.send(data)
+        said = json.loads((await session.receive(WAIT_S)).data)
+        assert said == {"ref": f"{outputs}/{number}.bin", "tenant": "tenant"}
+        assert (rig.stored / said["ref"]).read_bytes() == data
+    await session.close()
+    await eventually((rig.stored / outputs / "count.txt").exists)
+    assert (rig.stored / outputs / "count.txt").read_bytes() == b"2"
+
+
+async def test_a_session_whose_deadline_comes_in_an_upload(rig: Rig) -> None:
+    pid = (await rig.chain.call("nap", {}))["pid"]
+    release = threading.Event()
+    rig.store.intercept = lambda _: release.wait(WAIT_S) and None
+    session = await rig.chain.orchestrator.open_realtime("keep", timeout_ms=500, **rig.access)
+    await session.send(b"one")
+    assert await session.wait_closed(WAIT_S) == "timeout"
+    release.set()
+    assert (await rig.chain.call("nap", {}))["pid"] == pid
 
 
 # -- another user ---------------------------------------------------------------------------------

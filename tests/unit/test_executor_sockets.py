@@ -11,6 +11,7 @@ import pytest
 
 from executor import sockets
 from executor.blobs import Blobs
+from executor.files import StoreSettings
 from executor.sockets import ActiveSession, Sockets
 from gen_worker import ActionContext, RealtimeSocket, worker_websocket
 from gen_worker.errors import CanceledError, ResourceError, ValidationError
@@ -55,6 +56,7 @@ class Place:
             blobs=self.blobs,
             forget=lambda key, _: self.forgotten.append(key),
             loop_thread=threading.get_ident(),
+            store=StoreSettings(),
         )
         self.socket = RealtimeSocket(self.session)
 
@@ -242,7 +244,7 @@ async def test_what_comes_for_a_session_that_has_ended_is_given_back(place: Plac
     loop = asyncio.get_running_loop()
     served = Sockets(
         {"handler": spec}, send=place.said.append, blobs=place.blobs, start=start, strike_after_s=1.0, loop=loop,
-        loop_thread=threading.get_ident(),
+        loop_thread=threading.get_ident(), store=StoreSettings(),
     )  # fmt: skip
     served.open(SocketOpen(1, "s", "nobody", {}, 0, 0.0, "", "", WINDOW, 1))
     assert [type(message) for message in place.said] == [SocketClose, Result]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from gen_worker import ActionContext, Asset, ResourceRequirements, worker_function
+from gen_worker import ActionContext, Asset, RealtimeSocket, ResourceRequirements, worker_function, worker_websocket
 
 
 class Pictures(msgspec.Struct):
@@ -144,3 +144,14 @@ def write_to_input(ctx: ActionContext, payload: Pictures) -> Answer:
 @worker_function()
 def nap(ctx: ActionContext, payload: Nothing) -> Answer:
     return Answer(text="slept", pid=os.getpid())
+
+
+@worker_websocket()
+async def keep(ctx: ActionContext, sock: RealtimeSocket) -> None:
+    """Stores each frame, and the number of them once the other end has closed."""
+    count = 0
+    async for data in sock.iter_bytes():
+        count += 1
+        asset = await asyncio.to_thread(ctx.save_bytes, f"{count}.bin", data)
+        await sock.send_json({"ref": asset.ref, "tenant": asset.tenant_id})
+    await asyncio.to_thread(ctx.save_bytes, "count.txt", str(count).encode())
