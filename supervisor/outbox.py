@@ -31,6 +31,9 @@ TURN_BYTES: Final = 16 * 1024
 
 DELIVERED_BYTES: Final = 32 * 1024 * 1024
 """Twice what the largest usual HTTP/2 window (16 MiB) holds; a stalled grpcio server was seen to take 10.5 MiB."""
+DELIVERED_BYTES_MAX: Final = 64 * 1024 * 1024
+"""Where a transport sees a larger window it is twice that, up to this: a grpcio server's grows with the rate, and
+18 MiB were seen unread over h2."""
 DELIVERED_RESULTS: Final = 20_000
 """The same for tiny results, of which the bytes above would be a heap of objects: more than a scheduler that
 does not read has runs under way with one worker."""
@@ -124,6 +127,7 @@ class Outbox:
         self._again = 0
         """How many at the head of `_urgent` went out on the stream that was closed last."""
         self._sent_bytes = 0
+        self._delivered_bytes = DELIVERED_BYTES
         self._wake = asyncio.Event()
         self._handed_over = asyncio.Event()
 
@@ -197,9 +201,13 @@ class Outbox:
             self._handed_over.clear()
             await self._handed_over.wait()
 
-    def accepted(self, count: int) -> None:
-        """The first `count` messages of the last batch went out; the rest is queued again, in order."""
+    def accepted(self, count: int, unread_bytes: int = 0) -> None:
+        """The first `count` messages of the last batch went out; the rest is queued again, in order.
+
+        Of what went out on this stream `unread_bytes` may be unread, as far as its transport can tell.
+        """
         taken, self._taken = self._taken, []
+        self._delivered_bytes = max(self._delivered_bytes, min(2 * unread_bytes, DELIVERED_BYTES_MAX))
         now = self._clock()
         for item in taken[:count]:
             self._sent_bytes += len(item.data)
@@ -216,7 +224,8 @@ class Outbox:
         self._handed_over.set()
 
     def stream_opened(self) -> None:
-        """A new stream stands: nothing to do, since what must go again was queued when the last one closed."""
+        """A new stream stands; what must go again was queued when the last one closed."""
+        self._delivered_bytes = DELIVERED_BYTES
 
     def stream_closed(self) -> None:
         """Results that the stream may have swallowed are sent again, before anything newer."""
@@ -292,7 +301,7 @@ class Outbox:
         now = self._clock()
         retained = self._retained
         while retained and (
-            self._sent_bytes - retained[0].mark >= DELIVERED_BYTES
+            self._sent_bytes - retained[0].mark >= self._delivered_bytes
             or len(retained) > DELIVERED_RESULTS
             or (not self._taken and now - retained[0].sent_at >= DELIVERED_S)
         ):

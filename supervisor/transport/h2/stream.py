@@ -102,6 +102,8 @@ class H2Stream(asyncio.Protocol):
         """Received bytes that the scheduler's windows don't have back."""
         self._sent = 0
         """Bytes of messages, with prefixes, that went out."""
+        self._peak_window = 0
+        """The largest window that the scheduler was seen to give."""
         self._sent_in_turn = 0
         """The same when others last had a turn of the loop by us."""
         self._sending = False
@@ -185,6 +187,11 @@ class H2Stream(asyncio.Protocol):
         self._flush()
         return messages
 
+    @property
+    def unread_bytes(self) -> int:
+        """The largest window that the scheduler was seen to give, and what waits for the socket."""
+        return self._peak_window + 2 * _WRITE_BYTES
+
     async def close(self, grace_s: float = 0.0) -> None:
         try:
             if grace_s > 0 and not self._closing and self._status is None:
@@ -205,12 +212,11 @@ class H2Stream(asyncio.Protocol):
 
     async def _write(self, piece: memoryview) -> None:
         """Send all of it, in frames as large as they may be. Raises StreamClosed."""
-        http, position, size = self._http, 0, len(piece)
+        position, size = 0, len(piece)
         while position < size:
             if self._status is not None:
                 raise StreamClosed(self._status)
-            room = min(http.local_flow_control_window(_STREAM), http.max_outbound_frame_size)
-            if room <= 0 or not self._writable:
+            if not self._writable or self._http.local_flow_control_window(_STREAM) <= 0:
                 self._room.clear()
                 await self._room.wait()
                 continue
@@ -281,7 +287,7 @@ class H2Stream(asyncio.Protocol):
                 handler = self._on_event.get(type(event))
                 if handler is not None:
                     handler(event)
-        # Windows may have opened too.
+        self._peak_window = max(self._peak_window, self._http.local_flow_control_window(_STREAM))
         self._room.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
