@@ -50,6 +50,10 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+class RunFailed(Exception):
+    """A worker answered a run with a failure."""
+
+
 class Wire(asyncio.Protocol):
     """The server's side of one worker's connection."""
 
@@ -196,7 +200,7 @@ class LoadScheduler:
         if self._done is None or self._done.done():
             return
         if not result.success:
-            self._done.set_exception(RuntimeError(f"a run failed: {result.error_message}"))
+            self._done.set_exception(RunFailed(result.error_message))
             return
         self._outcome.latencies.append(now - self._started.pop(result.run_id))
         self._outcome.runs += 1

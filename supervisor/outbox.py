@@ -44,6 +44,9 @@ TURN_BYTES: Final = 16 * 1024
 
 DELIVERED_BYTES: Final = 32 * 1024 * 1024
 """Twice what the largest usual HTTP/2 window (16 MiB) holds; a stalled grpcio server was seen to take 10.5 MiB."""
+DELIVERED_BYTES_MAX: Final = 64 * 1024 * 1024
+"""Where a transport sees a larger window it is twice that, up to this: a grpcio server's grows with the rate, and
+18 MiB were seen unread over h2."""
 EVENTS_BYTES: Final = 16 * 1024 * 1024
 """The same for events: here too much means repeats, so it is what a window holds, not twice that."""
 DELIVERED_S: Final = 60.0
@@ -263,9 +266,14 @@ class Outbox:
             self._handed_over.clear()
             await self._handed_over.wait()
 
-    def accepted(self, count: int) -> None:
-        """The first `count` messages of the last batch went out; the rest is queued again, in order."""
+    def accepted(self, count: int, unread_bytes: int = 0) -> None:
+        """The first `count` messages of the last batch went out; the rest is queued again, in order.
+
+        Of what went out on this stream `unread_bytes` may be unread, as far as its transport can tell.
+        """
         taken, self._taken = self._taken, []
+        limit_bytes = min(2 * unread_bytes, DELIVERED_BYTES_MAX)
+        self._retained.limit_bytes = max(self._retained.limit_bytes, limit_bytes)
         now = self._clock()
         if count < len(taken):
             self._was_unread = now - self._taken_at >= UNREAD_S
@@ -281,6 +289,7 @@ class Outbox:
     def stream_opened(self) -> None:
         """A new stream stands; what must go again was queued when the last one closed."""
         self._was_unread, self._refused = False, None
+        self._retained.limit_bytes = DELIVERED_BYTES
 
     def stream_closed(self, status: StreamStatus | None = None) -> None:
         """Results that the stream may have swallowed are sent again, before anything newer.

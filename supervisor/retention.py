@@ -88,7 +88,7 @@ class Retention:
     """See the module. `limit_bytes` that follow on the stream prove a message delivered."""
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self._packs: deque[Pack] = deque()
         self.size = 0
         """Bytes of the messages that are retained."""
@@ -110,7 +110,7 @@ class Retention:
         """
         packs = self._packs
         while packs and (
-            position - packs[0].position >= self._limit_bytes or (before is not None and packs[0].sent_at <= before)
+            position - packs[0].position >= self.limit_bytes or (before is not None and packs[0].sent_at <= before)
         ):
             pack = packs.popleft()
             self.size -= pack.size

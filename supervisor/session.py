@@ -57,8 +57,11 @@ class Outgoing(Protocol):
         """
         ...
 
-    def accepted(self, count: int) -> None:
-        """The first `count` messages of the last batch went out; the rest was not handed over. Follows every take."""
+    def accepted(self, count: int, unread_bytes: int) -> None:
+        """The first `count` messages of the last batch went out; the rest was not handed over. Follows every take.
+
+        The scheduler may not have read `unread_bytes` of what went out (see Stream.unread_bytes).
+        """
 
     def stream_opened(self) -> None:
         """A new stream takes messages from now on."""
@@ -391,7 +394,7 @@ class Session:
                 accepted = closed.accepted
                 raise
             finally:
-                self._outgoing.accepted(accepted)
+                self._outgoing.accepted(accepted, link.stream.unread_bytes)
 
     # -- what comes next ----------------------------------------------------------------------
 

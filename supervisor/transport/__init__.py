@@ -91,6 +91,11 @@ class Stream(Protocol):
         Raises StreamClosed once the stream has ended and all that came before was received.
         """
 
+    @property
+    def unread_bytes(self) -> int:
+        """How much of what was accepted the scheduler may not have read, at most; 0 when this transport can't tell."""
+        ...
+
     async def close(self, grace_s: float = 0.0) -> None:
         """Half-close, wait up to grace_s for the scheduler's status, then cancel. Never raises; may be called again.
 

@@ -52,7 +52,7 @@ class Box:
         self.taken = [self.waiting.popleft() for _ in range(min(self.batch_messages, len(self.waiting)))]
         return self.taken
 
-    def accepted(self, count: int) -> None:
+    def accepted(self, count: int, unread_bytes: int) -> None:
         self.accepted_all += self.taken[:count]
         self.waiting.extendleft(reversed(self.taken[count:]))
         self.taken = []

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
 from supervisor.outbox import DELIVERED_S
-from supervisor.transport import StatusCode, StreamClosed
+from supervisor.transport import StatusCode, StreamClosed, Transport
 from supervisor.transport import grpcio as module
 from supervisor.transport.grpcio import GrpcioTransport
+from supervisor.transport.h2.dial import H2Transport
 
 
 @pytest.fixture
@@ -34,15 +35,26 @@ def options(**changes: int) -> tuple[tuple[str, int], ...]:
     return tuple((name, names.get(name, value)) for name, value in module._OPTIONS)
 
 
-async def test_it_is_found_by_its_silence(
-    server: tuple[asyncio.subprocess.Process, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The status says so, since it tells that what went out was not read."""
-    process, address = server
+def impatient_grpcio(monkeypatch: pytest.MonkeyPatch) -> Transport:
     faster = options(grpc__keepalive_time_ms=1000, grpc__keepalive_timeout_ms=500, grpc__http2__ping_timeout_ms=500)
     assert faster != module._OPTIONS
     monkeypatch.setattr(module, "_OPTIONS", faster)
-    stream = await GrpcioTransport().open(address, ())
+    return GrpcioTransport()
+
+
+def impatient_h2(_: pytest.MonkeyPatch) -> Transport:
+    return H2Transport(keepalive_s=1.0, keepalive_timeout_s=0.5)
+
+
+@pytest.mark.parametrize("impatient", [impatient_grpcio, impatient_h2])
+async def test_it_is_found_by_its_silence(
+    impatient: Callable[[pytest.MonkeyPatch], Transport],
+    server: tuple[asyncio.subprocess.Process, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The status says so, since it tells that what went out was not read."""
+    process, address = server
+    stream = await impatient(monkeypatch).open(address, ())
     await stream.send([b"before"])
     await stream.established()
     process.send_signal(signal.SIGSTOP)

@@ -351,7 +351,7 @@ async def test_the_supervisor_is_light_and_has_no_torch() -> None:
         maps = Path(f"/proc/{worker.worker.pid}/maps").read_text()
         for library in ("torch", "numpy", "transformers", "basic_functions"):
             assert library not in maps
-        assert "grpc" in maps  # it is the right process, and what it has loaded is seen there
+        assert "uvloop" in maps  # it is the right process, and what it has loaded is seen there
         for executor in worker.worker.executors():  # an operator tells them by `ps`
             assert executor.cmdline()[1:4] == ["-P", "-m", "executor"]
 

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from supervisor import outbox as module
-from supervisor.outbox import BATCH_MESSAGES, DELIVERED_BYTES, DELIVERED_S, EVENTS_BYTES, TURN_BYTES, UNREAD_S, Outbox
+from supervisor.outbox import (
+    BATCH_MESSAGES,
+    DELIVERED_BYTES,
+    DELIVERED_BYTES_MAX,
+    DELIVERED_S,
+    EVENTS_BYTES,
+    TURN_BYTES,
+    UNREAD_S,
+    Outbox,
+)
 from supervisor.retention import PACK_BYTES
 from supervisor.transport import StatusCode, StreamStatus
 
@@ -294,6 +303,27 @@ def test_answers_and_events_do_not_go_again(box: Box) -> None:
     box.send_all()
     box.outbox.stream_closed()
     assert box.outbox.depth == 0
+
+
+@pytest.mark.parametrize(
+    ("window", "kept_bytes"),
+    [(0, DELIVERED_BYTES), (20 * 2**20, 40 * 2**20), (2**31 - 1, DELIVERED_BYTES_MAX)],
+)
+def test_a_scheduler_with_a_large_window_must_be_sent_more_before_a_result_is_forgotten(
+    box: Box, window: int, kept_bytes: int
+) -> None:
+    box.outbox.stream_opened()
+    box.outbox.put_result(1, b"result")
+    box.outbox.accepted(len(box.take()), window)
+    sent = 0
+    while sent + 2**20 < kept_bytes:
+        box.outbox.put_event(2, b"x" * 2**20, 10)
+        box.outbox.accepted(len(box.take()), 0)
+        sent += 2**20
+    assert len(box.outbox._retained)
+    box.outbox.put_event(2, b"x" * 2**21, 10)
+    box.outbox.accepted(len(box.take()), 0)
+    assert not len(box.outbox._retained)
 
 
 @pytest.mark.parametrize(("following", "again"), [(DELIVERED_BYTES - 256 * 2, True), (DELIVERED_BYTES, False)])

@@ -102,6 +102,8 @@ class H2Stream(asyncio.Protocol):
         """Received bytes that the scheduler's windows don't have back."""
         self._sent = 0
         """Bytes of messages, with prefixes, that went out."""
+        self._peak_window = 0
+        """The largest window that the scheduler was seen to give."""
         self._sent_in_turn = 0
         """The same when others last had a turn of the loop by us."""
         self._sending = False
@@ -185,6 +187,11 @@ class H2Stream(asyncio.Protocol):
         self._flush()
         return messages
 
+    @property
+    def unread_bytes(self) -> int:
+        """The largest window that the scheduler was seen to give, and what waits for the socket."""
+        return self._peak_window + 2 * _WRITE_BYTES
+
     async def close(self, grace_s: float = 0.0) -> None:
         try:
             if grace_s > 0 and not self._closing and self._status is None:
@@ -205,12 +212,11 @@ class H2Stream(asyncio.Protocol):
 
     async def _write(self, piece: memoryview) -> None:
         """Send all of it, in frames as large as they may be. Raises StreamClosed."""
-        http, position, size = self._http, 0, len(piece)
+        position, size = 0, len(piece)
         while position < size:
             if self._status is not None:
                 raise StreamClosed(self._status)
-            room = min(http.local_flow_control_window(_STREAM), http.max_outbound_frame_size)
-            if room <= 0 or not self._writable:
+            if not self._writable or self._http.local_flow_control_window(_STREAM) <= 0:
                 self._room.clear()
                 await self._room.wait()
                 continue
@@ -281,7 +287,7 @@ class H2Stream(asyncio.Protocol):
                 handler = self._on_event.get(type(event))
                 if handler is not None:
                     handler(event)
-        # Windows may have opened too.
+        self._peak_window = max(self._peak_window, self._http.local_flow_control_window(_STREAM))
         self._room.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -294,7 +300,8 @@ class H2Stream(asyncio.Protocol):
             reason = f"the connection to {self._target} broke: {exc}"
         else:
             reason = f"{self._target} closed the connection"
-        self._end(StreamStatus(StatusCode.UNAVAILABLE, reason))
+        silent = isinstance(exc, TimeoutError)  # the kernel's, for what was never acknowledged
+        self._end(StreamStatus(StatusCode.UNAVAILABLE, reason, silent))
         self._gone.set()
 
     def pause_writing(self) -> None:
@@ -369,7 +376,7 @@ class H2Stream(asyncio.Protocol):
             self._flush()
 
     def _on_dead(self) -> None:
-        self._break(f"{self._target} did not answer a ping within {self._keepalive_settings[1]:g} s")
+        self._break(f"{self._target} did not answer a ping within {self._keepalive_settings[1]:g} s", silent=True)
 
     # -- the end ------------------------------------------------------------------------------
 
@@ -390,10 +397,10 @@ class H2Stream(asyncio.Protocol):
             self._flush()
         self._end(status)
 
-    def _break(self, reason: str, code: StatusCode = StatusCode.UNAVAILABLE) -> None:
+    def _break(self, reason: str, code: StatusCode = StatusCode.UNAVAILABLE, *, silent: bool = False) -> None:
         """The connection is of no more use."""
         self._broken = True
-        self._end(StreamStatus(code, reason))
+        self._end(StreamStatus(code, reason, silent))
         self._flush()  # after an error h2 has a GOAWAY ready that names it
         if self._transport is not None:
             self._transport.close()
