@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gen_worker.pipe.messages import Event, Failure, Fatal, ModelLoaded, ModelUnloaded, Result
+from gen_worker.pipe.messages import Event, Failure, Fatal, ModelLoaded, Result
 from supervisor import metrics as module
 from supervisor.child import ExitCause
 from supervisor.executor_handle import ExecutorHandle
@@ -98,7 +98,11 @@ async def test_a_model_that_does_not_load_and_one_that_is_unloaded(rig: Rig, tel
         ("model", "out of memory"),
         ("run", "resource: out of memory"),
     }
-    rig.executors[0].say(ModelUnloaded(A, 0))
+    rig.submit("r2", "f")
+    rig.executors[0].load_done(A)
+    rig.executors[0].succeed("r2")
+    rig.dispatcher.commands.unload(A)
+    rig.executors[0].unload_done(A)
     assert value(telemetry, "model_evictions_total", reason="command") == 1
 
 
