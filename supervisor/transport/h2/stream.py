@@ -61,6 +61,8 @@ WINDOW_BYTES: Final = 4 * 1024 * 1024
 FRAME_BYTES: Final = 256 * 1024
 """The largest frame that is taken: large payloads come in few frames, and none holds up the loop for long."""
 
+IDLE_PINGS: Final = 2
+"""Pings without a message in between: as grpcio's grpc.http2.max_pings_without_data has it."""
 TURN_BYTES: Final = 16 * 1024
 """After so much `send` lets others have the loop, though nothing makes it wait."""
 
@@ -104,6 +106,8 @@ class H2Stream(asyncio.Protocol):
         """Bytes of messages, with prefixes, that went out."""
         self._peak_window = 0
         """The largest window that the scheduler was seen to give."""
+        self._sent_at_ping = 0
+        self._idle_pings = 0
         self._sent_in_turn = 0
         """The same when others last had a turn of the loop by us."""
         self._sending = False
@@ -369,10 +373,16 @@ class H2Stream(asyncio.Protocol):
 
     # -- keepalive ----------------------------------------------------------------------------
 
-    def _ping(self) -> None:
-        if not self._broken:
-            self._http.ping(b"alive?\0\0")
-            self._flush()
+    def _ping(self) -> bool:
+        """False when a server with gRPC's defaults would take one more, without a message in between, for abuse."""
+        if self._sent != self._sent_at_ping:
+            self._sent_at_ping, self._idle_pings = self._sent, 0
+        self._idle_pings += 1
+        if self._broken or self._idle_pings > IDLE_PINGS:
+            return False
+        self._http.ping(b"alive?\0\0")
+        self._flush()
+        return True
 
     def _on_dead(self) -> None:
         self._break(f"{self._target} did not answer a ping within {self._keepalive_settings[1]:g} s")
