@@ -16,8 +16,7 @@ KEEPALIVE_TIMEOUT_S: Final = 10.0
 
 
 class Keepalive:
-    """See the module. `ping` sends one, and is False when none may be sent; `on_dead` is called once, when no byte came
-    after a ping."""
+    """See the module. `ping` sends one, or says False when none may be sent; `on_dead` is called once."""
 
     def __init__(self, ping: Callable[[], bool], on_dead: Callable[[], None], quiet_s: float, timeout_s: float) -> None:
         self._ping = ping

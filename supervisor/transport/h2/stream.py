@@ -10,6 +10,8 @@ Owns: the connection, the call on it, and what is known of its end.
 3. `send` packs a batch into as few DATA frames as the windows and the peer's frame size let it, and waits where they
    or the socket are full. A message counts as accepted when flow control let its last byte go to the socket.
 4. The first thing that ends the call decides its status: trailers, a reset, a lost connection, our own `close`.
+
+One module, since sending, receiving and ending share one state that nobody else may touch.
 """
 
 from __future__ import annotations
@@ -291,7 +293,8 @@ class H2Stream(asyncio.Protocol):
                 handler = self._on_event.get(type(event))
                 if handler is not None:
                     handler(event)
-        self._peak_window = max(self._peak_window, self._http.local_flow_control_window(_STREAM))
+        if self._status is None:
+            self._peak_window = max(self._peak_window, self._http.local_flow_control_window(_STREAM))
         self._room.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
