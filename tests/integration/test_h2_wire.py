@@ -30,9 +30,14 @@ from tests.support.http2_peer import (
     settings,
     window,
 )
-from tests.support.stream_server import eventually, settled
+from tests.support.stream_server import Dial, eventually, serving, settled
 
 DEFAULT_WINDOW = 65_535
+
+
+async def hold(dial: Dial) -> None:
+    await dial.headers()
+    await dial.read_all()
 
 
 async def until_end(stream: Stream) -> tuple[list[bytes], StreamStatus]:
@@ -355,6 +360,21 @@ async def test_pings_are_answered() -> None:
         assert (answer.opaque_data, set(answer.flags)) == (b"12345678", {"ACK"})
 
 
+async def test_an_idle_stream_is_not_pinged_to_death() -> None:
+    """A server with gRPC's defaults ends a connection for that; messages in between make good for it."""
+    transport = H2Transport(keepalive_s=0.02, keepalive_timeout_s=0.02)
+    async with serving(hold) as server:
+        stream = await transport.open(server.address, ())
+        await stream.established()
+        await asyncio.sleep(0.5)
+        for _ in range(10):
+            await stream.send([b"a heartbeat"])
+            await asyncio.sleep(0.05)
+        await eventually(lambda: len(server.dials[0].received) == 10)
+        await stream.close()
+        assert stream._last_status().details == "closed by this worker"
+
+
 async def test_a_peer_that_is_gone_without_a_word_is_noticed() -> None:
     transport = H2Transport(keepalive_s=0.05, keepalive_timeout_s=0.2)
     async with call(transport=transport) as (stream, peer):
@@ -362,6 +382,7 @@ async def test_a_peer_that_is_gone_without_a_word_is_noticed() -> None:
             await eventually(lambda: peer.of(PingFrame))
             peer.frames.clear()
             peer.send(ping(ack=True))
+            await stream.send([b"a heartbeat"])
         _, status = await until_end(stream)
     assert status.code is StatusCode.UNAVAILABLE
     assert "did not answer a ping within 0.2 s" in status.details

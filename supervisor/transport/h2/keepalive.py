@@ -16,9 +16,9 @@ KEEPALIVE_TIMEOUT_S: Final = 10.0
 
 
 class Keepalive:
-    """See the module. `ping` sends one, `on_dead` is called once when nothing came after it."""
+    """See the module. `ping` sends one, or says False when none may be sent; `on_dead` is called once."""
 
-    def __init__(self, ping: Callable[[], None], on_dead: Callable[[], None], quiet_s: float, timeout_s: float) -> None:
+    def __init__(self, ping: Callable[[], bool], on_dead: Callable[[], None], quiet_s: float, timeout_s: float) -> None:
         self._ping = ping
         self._on_dead = on_dead
         self._quiet_s = quiet_s
@@ -39,8 +39,10 @@ class Keepalive:
         if left > 0:
             self._timer = self._loop.call_later(left, self._look)
             return
-        self._ping()
-        self._timer = self._loop.call_later(self._timeout_s, self._judge, self._heard_at)
+        if self._ping():
+            self._timer = self._loop.call_later(self._timeout_s, self._judge, self._heard_at)
+        else:
+            self._timer = self._loop.call_later(self._quiet_s, self._look)
 
     def _judge(self, heard_before: float) -> None:
         if self._heard_at == heard_before:

@@ -10,6 +10,8 @@ Owns: the connection, the call on it, and what is known of its end.
 3. `send` packs a batch into as few DATA frames as the windows and the peer's frame size let it, and waits where they
    or the socket are full. A message counts as accepted when flow control let its last byte go to the socket.
 4. The first thing that ends the call decides its status: trailers, a reset, a lost connection, our own `close`.
+
+One module, since sending, receiving and ending share one state that nobody else may touch.
 """
 
 from __future__ import annotations
@@ -61,6 +63,8 @@ WINDOW_BYTES: Final = 4 * 1024 * 1024
 FRAME_BYTES: Final = 256 * 1024
 """The largest frame that is taken: large payloads come in few frames, and none holds up the loop for long."""
 
+IDLE_PINGS: Final = 2
+"""Pings without a message in between: as grpcio's grpc.http2.max_pings_without_data has it."""
 TURN_BYTES: Final = 16 * 1024
 """After so much `send` lets others have the loop, though nothing makes it wait."""
 
@@ -104,6 +108,8 @@ class H2Stream(asyncio.Protocol):
         """Bytes of messages, with prefixes, that went out."""
         self._peak_window = 0
         """The largest window that the scheduler was seen to give."""
+        self._sent_at_ping = 0
+        self._idle_pings = 0
         self._sent_in_turn = 0
         """The same when others last had a turn of the loop by us."""
         self._sending = False
@@ -287,7 +293,8 @@ class H2Stream(asyncio.Protocol):
                 handler = self._on_event.get(type(event))
                 if handler is not None:
                     handler(event)
-        self._peak_window = max(self._peak_window, self._http.local_flow_control_window(_STREAM))
+        if self._status is None:
+            self._peak_window = max(self._peak_window, self._http.local_flow_control_window(_STREAM))
         self._room.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -370,10 +377,16 @@ class H2Stream(asyncio.Protocol):
 
     # -- keepalive ----------------------------------------------------------------------------
 
-    def _ping(self) -> None:
-        if not self._broken:
-            self._http.ping(b"alive?\0\0")
-            self._flush()
+    def _ping(self) -> bool:
+        """False when a server with gRPC's defaults would take one more, without a message in between, for abuse."""
+        if self._sent != self._sent_at_ping:
+            self._sent_at_ping, self._idle_pings = self._sent, 0
+        self._idle_pings += 1
+        if self._broken or self._idle_pings > IDLE_PINGS:
+            return False
+        self._http.ping(b"alive?\0\0")
+        self._flush()
+        return True
 
     def _on_dead(self) -> None:
         self._break(f"{self._target} did not answer a ping within {self._keepalive_settings[1]:g} s", silent=True)
