@@ -241,7 +241,7 @@ async def test_a_worker_fetches_what_its_project_and_its_deployment_name(hub: De
     ):
         await eventually(lambda: worker.lines(f"{A} is on disk"), WAIT_S)
         await orchestrator.wait_for_worker(timeout=WAIT_S)
-        await orchestrator.configure_models(["org/b"], {"x": "org/c"})
+        await orchestrator.configure_models(["org/b", "org/c"], {"x": "org/c"})
         await eventually(lambda: all(worker.lines(f"{ref} is on disk") for ref in (B, C)), WAIT_S)
         children = worker.descendants()
         transfers = next(child for child in children if "supervisor.transfers" in child.cmdline())

@@ -63,8 +63,12 @@ async def test_a_proxy_without_its_server(make_transport: TransportFactory, tmp_
     async with nginx.proxy(tmp_path, "127.0.0.1:1") as address:
         with pytest.raises(StreamClosed) as caught:
             await dialed_and_answered(make_transport(), address)
-    assert caught.value.status.code is StatusCode.UNAVAILABLE
-    assert "502" in caught.value.status.details
+    status = caught.value.status
+    if "RST_STREAM" in status.details:  # grpc saw the reset that follows the answer before the answer
+        assert status.code is StatusCode.INTERNAL
+    else:
+        assert status.code is StatusCode.UNAVAILABLE
+        assert "502" in status.details
 
 
 @pytest.mark.both_transports
