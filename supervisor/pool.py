@@ -108,7 +108,9 @@ class Pool:
 
     @property
     def ready(self) -> list[ExecutorHandle]:
-        return [handle for handle in self.handles if handle.state is HandleState.READY]
+        return [
+            slot.handle for slot in self._slots if slot.handle is not None and slot.handle.state is HandleState.READY
+        ]
 
     @property
     def slots(self) -> list[SlotView]:

@@ -78,10 +78,10 @@ class Residency:
 
     def state(self, handle: ExecutorHandle, keys: Sequence[ModelKey]) -> Residence | None:
         """HOT when it holds all of them; UNLOADING while one leaves; None when one was not asked for; else LOADING."""
+        if not keys:
+            return Residence.HOT
         models = self._executors.get(handle)
-        if models is None:
-            return None if keys else Residence.HOT
-        return models.state(keys)
+        return None if models is None else models.state(keys)
 
     def room(self, handle: ExecutorHandle, keys: Sequence[ModelKey]) -> Room:
         """What a load of `keys` would find there now."""
