@@ -6,6 +6,7 @@ came by other means is taken too, when it holds all that the rules ask for. All 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -207,7 +208,10 @@ def _is_complete(found: Survey, contents: dict[str, bytes]) -> bool:
 def _remove_revision(snapshot: Path) -> int:
     from huggingface_hub import scan_cache_dir  # noqa: PLC0415
 
-    strategy = scan_cache_dir(snapshot.parent.parent.parent).delete_revisions(snapshot.name)
+    found = scan_cache_dir(snapshot.parent.parent.parent)
+    # A revision is named by its commit, which a copy of the repo shares: it must not lose its own.
+    repo = frozenset(each for each in found.repos if each.repo_path == snapshot.parent.parent)
+    strategy = dataclasses.replace(found, repos=repo).delete_revisions(snapshot.name)
     freed = int(strategy.expected_freed_size)
     strategy.execute()
     return freed

@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from gen_worker.testing.mock_orchestrator import RunHandle
 from gen_worker.wire import worker_scheduler_pb2 as pb
-from tests.support.worker_process import WAIT_S, Chain, all_of, chain
+from tests.support.worker_process import WAIT_S, Chain, all_of, chain, eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -390,7 +390,7 @@ async def test_a_message_without_sense_is_logged_and_harms_nothing(worker: Chain
     before = len(worker.worker.lines("WARNING", "inbound"))
     await worker.send_bytes(data)
     assert await worker.call("echo", {"text": "after"}) == {"text": "after", "data": b""}
-    assert len(worker.worker.lines("WARNING", "inbound")) == before + 1
+    await eventually(lambda: len(worker.worker.lines("WARNING", "inbound")) == before + 1)
     assert running.results == []
     await running.cancel()
     assert (await running.result()).error_type == "canceled"
