@@ -16,7 +16,8 @@ ARG TORCH=torch==2.13.0
 ARG TORCH_BACKEND=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_NO_CACHE=1 UV_PYTHON=/opt/worker/bin/python
-RUN pip install "uv==${UV_VERSION}" && uv venv --python "$(command -v python)" /opt/worker
+# --seed: with a pip of its own, for tenants' images. Without, `pip` there would be that of the system's Python.
+RUN pip install "uv==${UV_VERSION}" && uv venv --seed --python "$(command -v python)" /opt/worker
 # First and alone: the layer is gigabytes and changes seldom.
 RUN if [ -n "$TORCH" ]; then \
         uv pip install ${TORCH_BACKEND:+--torch-backend "$TORCH_BACKEND"} "$TORCH" "safetensors>=0.5"; \

@@ -141,7 +141,7 @@ def _first_paragraph(module: Any) -> str:
 def cli_page() -> str:
     group = typer.main.get_command(app)
     parts = [NOTE, "# gen-worker", _text(group.help), "`gen-worker COMMAND --help` says the same in the terminal."]
-    for name, command in group.commands.items():  # type: ignore[attr-defined]  # typer's own kind of group
+    for name, command in _commands("", group):
         arguments = [_metavar(each) for each in command.params if each.param_type_name == "argument"]
         usage = " ".join([f"gen-worker {name}", "[OPTIONS]", *arguments])
         parts += [f"## `gen-worker {name}`", _text(command.help), f"```text\n{usage}\n```"]
@@ -151,6 +151,14 @@ def cli_page() -> str:
         if command.epilog:
             parts.append(_text(command.epilog))
     return "\n\n".join(parts) + "\n"
+
+
+def _commands(prefix: str, group: Any) -> Iterator[tuple[str, Any]]:
+    """Each command with its whole name; those of a command behind it."""
+    for name, command in group.commands.items():
+        yield prefix + name, command
+        if hasattr(command, "commands"):
+            yield from _commands(f"{prefix}{name} ", command)
 
 
 def _metavar(argument: Any) -> str:

@@ -6,12 +6,21 @@ Owns: layout only; every word of the content comes from supervisor.settings.VARI
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from supervisor.settings import NOT_USED_YET, VARIABLES
 
 if TYPE_CHECKING:
     from supervisor.settings import Variable
+
+
+USAGE: Final = """\
+Usage: gen-worker-supervisor [--help | --version]
+
+  Run the worker of the project in this folder until SIGTERM or SIGINT. It takes
+  no arguments: all settings are environment variables. gen-worker doctor says
+  what follows from them here, docs/operations.md what the exit codes mean.
+"""
 
 
 def render_table() -> str:
@@ -21,14 +30,14 @@ def render_table() -> str:
 
 
 def render_help(width: int = 100) -> str:
-    """The variables for a terminal of `width` columns: name and default on one line, the meaning below."""
+    """For a terminal of `width` columns: how it is called, and each variable with its default and its meaning below."""
     blocks = []
     for variable in VARIABLES.values():
         meaning = textwrap.fill(
             _meaning(variable).replace("`", ""), width, initial_indent="      ", subsequent_indent="      "
         )
         blocks.append(f"  {variable.env}  [{_default(variable)}]\n{meaning}")
-    return "\n".join(["Environment variables [default]:", *blocks])
+    return "\n".join([USAGE, "Environment variables [default]:", *blocks])
 
 
 def _meaning(variable: Variable) -> str:

@@ -116,14 +116,21 @@ def _start_guard() -> Guard | None:
 
 def _answer(arguments: Sequence[str]) -> int:
     if arguments[0] in ("-h", "--help"):
-        print(render_help())  # noqa: T201
-        return ExitCode.OK
+        return _say(render_help())
     if arguments[0] in ("-V", "--version"):
-        print(f"gen-worker {__version__}")  # noqa: T201
-        return ExitCode.OK
+        return _say(f"gen-worker {__version__}")
     return _refuse(
         f"unexpected argument {arguments[0]!r}: settings are environment variables, see --help", ExitCode.USAGE
     )
+
+
+def _say(text: str) -> int:
+    try:
+        print(text, flush=True)  # noqa: T201
+    except BrokenPipeError:
+        # Whoever reads it has seen enough (`--help | head`). What is buffered still is flushed at the exit, to nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return ExitCode.OK
 
 
 def _refuse(line: str, code: ExitCode) -> int:

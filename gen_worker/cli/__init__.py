@@ -6,6 +6,8 @@ imports what it needs only when it is called, so that `gen-worker --help` stays 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from gen_worker._version import __version__
@@ -31,10 +33,25 @@ app.command()(models.download)
 app.add_typer(models.models, name="models")
 
 
+def _print_version(asked: bool) -> None:  # noqa: FBT001  (typer calls it so)
+    if asked:
+        typer.echo(f"gen-worker {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[  # noqa: FBT002  (a flag)
+        bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Each command has a help of its own."""
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
-    typer.echo(f"gen-worker {__version__}")
+    _print_version(asked=True)
 
 
 def main() -> None:

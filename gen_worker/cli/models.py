@@ -40,6 +40,8 @@ def download(
 
     from supervisor.transfers.messages import FetchModel, ModelFiles
 
+    _check(refs)
+
     async def run() -> list[ModelFiles]:
         with _bars(hidden=as_json) as progress_of:
             async with _engine(settings) as ask:
@@ -84,10 +86,25 @@ def remove(ref: Annotated[str, typer.Argument(metavar="REF", help="As the list s
 
     from supervisor.transfers.messages import ModelRemoved, RemoveModel
 
+    _check([ref])
+
     with _errors():
         reply = asyncio.run(_ask(_settings(), RemoveModel(ref)))
     assert isinstance(reply, ModelRemoved)  # noqa: S101  (by the message's definition)
     typer.echo(f"freed {_size(reply.freed_bytes)}")
+
+
+def _check(refs: list[str]) -> None:
+    """A word that is no ref ends the command before anything is begun."""
+    from gen_worker.errors import ValidationError
+    from gen_worker.model_refs import parse_model_ref
+
+    try:
+        for ref in refs:
+            parse_model_ref(ref)
+    except ValidationError as error:
+        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(2) from None
 
 
 async def _ask(settings: TransferSettings, request: RequestBody) -> ReplyBody:
@@ -130,7 +147,7 @@ def _settings() -> TransferSettings:
         )
     except (ConfigError, DeviceError) as error:
         typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(64) from None
+        raise typer.Exit(2) from None
     return transfer_settings(settings, probe.devices)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MAX_RUNS: Final = 20
 MAX_MODELS: Final = 20
 MAX_FAULTS: Final = 8
-BAR: Final = 20
+BAR: Final = 16
 _GIB: Final = 2**30
 _MIB: Final = 2**20
 _COLOURS: Final = {
@@ -131,6 +131,7 @@ def _progress(run: RunStatus) -> ProgressBar | str:
 
 def _faults(status: Status) -> Table:
     table = _table("last faults", "when", "what", "subject", "message")
+    table.columns[-1].no_wrap = False  # the message is what one looks for: it is never cut off
     for fault in status.faults[:MAX_FAULTS]:
         when = time.strftime("%H:%M:%S", time.localtime(fault.at))
         table.add_row(when, fault.kind, plain(fault.subject), plain(fault.message, "red"))

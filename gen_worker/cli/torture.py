@@ -44,7 +44,7 @@ def torture(
         report = run(options, lambda line: typer.echo(line, err=True))
     except WorkerError as error:
         typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(64) from None
+        raise typer.Exit(2) from None
     typer.echo(render(report))
     if not report.ok:
         typer.echo(f"the worker's log: {options.log_file}")

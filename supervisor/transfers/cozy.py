@@ -18,7 +18,7 @@ from typing import Final
 
 import aiohttp
 
-from gen_worker.errors import RetryableError
+from gen_worker.errors import RetryableError, ValidationError
 from gen_worker.model_refs import ParsedModelRef
 from supervisor.transfers.budget import Budget, gb
 from supervisor.transfers.download import Source, download
@@ -71,13 +71,16 @@ class CozyModels:
         return [self._store.model(record) for record in self._store.records() if self._store.is_whole(record)]
 
     async def remove(self, ref: str) -> int | None:
-        """Take it from disk, with all other refs to the same snapshot; freed bytes, None when it is in use."""
+        """Take it from disk, with all other refs to the same snapshot; freed bytes, None when it is in use.
+
+        Raises ValidationError when it is not here.
+        """
         return await asyncio.to_thread(self._remove, ref)
 
     def _remove(self, ref: str) -> int | None:
         record = self._store.record(ref)
         if record is None:
-            return 0
+            raise ValidationError(f"{ref} is not on this disk; `gen-worker models` lists what is")
         before = self._store.used_bytes()
         if self._store.evict(record.snapshot) is None:
             return None

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from gen_worker.errors import WorkerError
+from gen_worker.errors import ValidationError, WorkerError
 from gen_worker.model_refs import ParsedModelRef
 from supervisor.transfers.hf_client import default_cache
 from supervisor.transfers.hf_probe import file_dtype
@@ -107,10 +107,13 @@ class HfDisk:
         os.utime(lock)
 
     def remove(self, ref: str) -> int | None:
-        """Take it from the cache unless another ref stands for the same snapshot; freed bytes, None: it is in use."""
+        """Take it from the cache unless another ref stands for the same snapshot; freed bytes, None: it is in use.
+
+        Raises ValidationError when it is not here.
+        """
         record = _read(self._path(ref))
         if record is None:
-            return 0
+            raise ValidationError(f"{ref} is not on this disk; `gen-worker models` lists what is")
         with locked_if_free(self.use_lock(ref)) as unused:
             if not unused:
                 return None
@@ -146,7 +149,12 @@ class HfDisk:
     def evict(self, name: str) -> tuple[str, ...] | None:
         """Remove what was downloaded for a ref; None when it is in use or being made."""
         with locked_if_free(self.fetch_lock(name)) as idle:
-            return None if not idle or self.remove(name) is None else (name,)
+            if not idle:
+                return None
+            try:
+                return None if self.remove(name) is None else (name,)
+            except ValidationError:
+                return (name,)  # another worker has made room of it meanwhile
 
     # -- snapshots that came by other means ---------------------------------------------------
 

@@ -76,10 +76,14 @@ def test_download_list_and_remove(hub: DevHub, tmp_path: Path) -> None:
     os.close(fd)
     assert command(hub, tmp_path, "models", "rm", "org/a").stdout == "freed 2.9 MB\n"
     assert not root.exists()
+    for ref in ("org/a", "hf:org/a"):
+        gone = command(hub, tmp_path, "models", "rm", ref, code=1).stderr
+        assert "is not on this disk; `gen-worker models` lists what is" in gone
 
 
 def test_errors_are_one_line(hub: DevHub, tmp_path: Path) -> None:
     gone = command(hub, tmp_path, "download", "org/none", code=1)
     assert gone.stderr.rstrip().splitlines()[-1].startswith("error: the hub has no cozy:org/none:latest (404)")
-    wrong = command(hub, tmp_path, "download", "--json", "not a ref", code=1)
-    assert wrong.stderr.startswith("error: 'not a ref' is not a model ref: accepted are")
+    for arguments in (["download", "org/a", "not a ref"], ["models", "rm", "not a ref"]):
+        (wrong,) = command(hub, tmp_path, *arguments, code=2).stderr.splitlines()
+        assert wrong.startswith("error: 'not a ref' is not a model ref: accepted are")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from tests.support.browser import Browser, browser
 from tests.support.dev_server import DevServer, copy_of
 
+ROOT = Path(__file__).parents[2]
 CTRL, ESCAPE, ENTER = "\ue009", "\ue00c", "\ue007"
 
 
@@ -28,6 +30,7 @@ def shared_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser
 @pytest.fixture(scope="module")
 def server(project: Path, shared_browser: Browser) -> Iterator[DevServer]:  # no server where there is no browser
     (project / "words.txt").write_text("a few words")
+    shutil.copy(ROOT / "examples/realtime/talk.py", project)
     model = {"cozy:demo/words:latest": {"root_dir": str(project), "files": {"words.txt": "words.txt"}}}
     env = {"WORKER_FAKE_GPU_COUNT": "1", "WORKER_MODEL_ARTIFACTS_JSON": json.dumps(model)}
     with DevServer(project, env=env) as server:
@@ -82,6 +85,18 @@ def test_a_stream_is_shown_as_it_comes_by_keyboard_alone(page: Browser) -> None:
     page.one("#error", "canceled")
     page.one("#runs .failed button", "tell")
     page.wait(lambda: page.one("#run").is_enabled())
+
+
+def test_a_conversation_with_a_realtime_handler(page: Browser) -> None:
+    choose(page, "uppercase")
+    page.one("#frame").send_keys("hello")
+    page.one("#run").click()
+    page.one(".frames", '< {"text":"HELLO"}')
+    page.one("#frame").send_keys(ESCAPE)
+    page.one(".frames", "— closed: ")
+    page.one("#frame").send_keys("bye")
+    page.one("#run").click()
+    page.one(".frames", "— closed: completed")
 
 
 def test_what_is_wrong_is_said_where_it_is(page: Browser) -> None:

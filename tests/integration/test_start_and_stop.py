@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -116,6 +117,14 @@ async def test_arguments(argument: str, code: ExitCode, words: str) -> None:
     got, log = await refused(command=(PROGRAM, argument))
     assert got == code
     assert any(words in line for line in log)
+
+
+def test_a_reader_of_the_help_who_has_seen_enough() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([PROGRAM, "--help"], stdout=writing, stderr=subprocess.PIPE, timeout=50, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (ExitCode.OK, b"")
 
 
 async def test_a_likely_typing_error_is_pointed_out() -> None:

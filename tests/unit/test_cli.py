@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from gen_worker._version import __version__
 from gen_worker.cli import app
 from gen_worker.cli.init import make_project
 from gen_worker.errors import ProjectError
@@ -20,6 +21,12 @@ from gen_worker.serve.server import AddressError, check_address
 
 def gen_worker(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_version() -> None:
+    for words in (["--version"], ["version"]):
+        result = gen_worker(*words)
+        assert (result.exit_code, result.output) == (0, f"gen-worker {__version__}\n")
 
 
 # -- init -----------------------------------------------------------------------------------------

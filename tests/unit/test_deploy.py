@@ -261,6 +261,18 @@ def test_what_is_copied_is_there_and_sent_to_the_daemon() -> None:
     assert all((ROOT / source).exists() for source in copied)
 
 
+@pytest.mark.parametrize("path", [*DOCKERFILES, ROOT / "gen_worker/cli/template/Dockerfile.tmpl"], ids=str)
+def test_packages_go_where_the_worker_finds_them(path: Path) -> None:
+    """Into the virtual environment, whose pip comes by --seed; the user's number is what runAsNonRoot can check."""
+    text = path.read_text()
+    assert re.findall(r"(?m)^USER (.*)$", text)[-1] == "10001"
+    if path == DOCKERFILES[0]:
+        assert "uv venv --seed" in text
+    else:
+        assert "FROM gen-worker" in text or "FROM ${BASE}" in text
+        assert not re.findall(r"(?m)^[^#\n]*(?<!-m )\bpip install", text)
+
+
 def test_the_image_and_the_project_agree() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     dockerfile = DOCKERFILES[0].read_text()

@@ -27,6 +27,12 @@ def section(page: str, heading: str) -> str:
     return found[2]
 
 
+def test_the_index_has_every_page() -> None:
+    docs = ROOT / "docs"
+    listed = {(docs / target).resolve() for target in LINK.findall((docs / "README.md").read_text())}
+    assert {page for page in docs.rglob("*.md") if page.name != "README.md"} <= listed
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_tables_are_fresh(path: Path) -> None:
     page = path.read_text()

@@ -78,9 +78,9 @@ def address() -> Iterator[str]:
         thread.join()
 
 
-def drawn(status: dict[str, Any], problem: str = "") -> str:
+def drawn(status: dict[str, Any], problem: str = "", width: int = 160) -> str:
     text = io.StringIO()
-    console = Console(file=text, width=160, color_system=None)
+    console = Console(file=text, width=width, color_system=None)
     console.print(view(msgspec.convert(status, Status), problem))
     return text.getvalue()
 
@@ -108,6 +108,15 @@ def test_an_empty_worker_and_a_view_that_is_old() -> None:
     assert "runs: none" in text
     assert "nothing yet" in text
     assert "GPUs" not in text
+
+
+def test_a_fault_is_told_in_full_on_a_narrow_terminal() -> None:
+    fault = {"at": 1.5e9, "kind": "stream", "subject": "127.0.0.1:8080", "message": "no answer " * 20 + "at all"}
+    text = drawn({**STATUS, "faults": [fault]}, width=80)
+    assert "stream" in text
+    assert "127.0.0.1:8080" in text
+    assert text.count("no") >= 20
+    assert "at all" in text
 
 
 def test_once_and_json(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -562,7 +562,8 @@ async def test_removal(hub: DevHub, tmp_path: Path) -> None:
         assert content(found.root_dir) == FILES
         assert (await our.models.remove(RemoveModel("org/repo"), lambda *_: None)).freed_bytes == found.size_bytes
         assert our.blobs() == []
-        assert (await our.models.remove(RemoveModel("org/repo"), lambda *_: None)).freed_bytes == 0
+        with pytest.raises(ValidationError, match="cozy:org/repo:latest is not on this disk"):
+            await our.models.remove(RemoveModel("org/repo"), lambda *_: None)
 
 
 @contextmanager

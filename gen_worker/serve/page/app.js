@@ -113,6 +113,7 @@ async function run() {
 }
 
 function cancel() {
+  chosen?.session?.close();
   if (!running) return;
   if (running.runId) cancelRun(running.runId);
   else running.abort.abort();
