@@ -92,29 +92,35 @@ def refs(*names: str) -> set[str]:
     return {ref(name) for name in names}
 
 
+async def fetched(worker: Chain, path: str) -> bytes:
+    line = await worker.worker.wait_for_log("health, metrics and status at")
+    async with httpx.AsyncClient(timeout=WAIT_S) as client:
+        return (await client.get(line.rpartition(" at ")[2] + path)).content
+
+
+async def status_of(worker: Chain) -> Status:
+    return msgspec.json.decode(await fetched(worker, "/status"), type=Status)
+
+
 async def shown(worker: Chain) -> tuple[dict[str, ModelStatus], str]:
     """What an operator sees of the models, and the metrics."""
-    line = await worker.worker.wait_for_log("health, metrics and status at")
-    url = line.rpartition(" at ")[2]
-    async with httpx.AsyncClient(timeout=WAIT_S) as client:
-        status = msgspec.json.decode((await client.get(f"{url}/status")).content, type=Status)
-        return {model.id: model for model in status.models}, (await client.get(f"{url}/metrics")).text
+    status = await status_of(worker)
+    return {model.id: model for model in status.models}, (await fetched(worker, "/metrics")).decode()
 
 
-async def test_a_cold_model_comes_although_its_transfer_process_is_killed(
-    worker: Chain, hub: DevHub, cache: Path
-) -> None:
+async def test_a_cold_model_comes_although_its_transfer_process_is_killed(worker: Chain, hub: DevHub) -> None:
     def break_off(asked: Asked) -> Answer | None:
-        if "resolve_artifact" in asked.path and asked.number > 1:
-            time.sleep(1.1 * PROGRESS_GAP_S)  # so that the next progress is told
         if weights_of(hub, asked) != "first" or asked.number > 1:
             return None
+        time.sleep(1.1 * PROGRESS_GAP_S)  # so that the progress after that of the beginning is told
         return Answer(200, hub.store[asked.path.partition("?")[0].rpartition("/")[2]], cut_at=3 * MIB, stall=True)
 
     hub.on_request = break_off
     assert said(worker) == (set(), set())
     waiting = await worker.run("use", {"model": "org/first"})
-    await eventually(lambda: any(part.stat().st_size >= MIB for part in cache.glob("cozy/blobs/blake3/*/*/*.part")))
+    await eventually(lambda: any(each.get("bytes", 0) > 0 for each in progress_of(waiting)), what="progress")
+    (shown_run,) = (await status_of(worker)).runs
+    assert (shown_run.state, shown_run.stage, bool(shown_run.progress)) == ("waiting_model", "download", True)
     assert not waiting.done
     transfers = next(child for child in worker.worker.descendants() if "supervisor.transfers" in child.cmdline())
     os.kill(transfers.pid, signal.SIGKILL)
@@ -122,9 +128,8 @@ async def test_a_cold_model_comes_although_its_transfer_process_is_killed(
 
     told = progress_of(waiting)
     assert {each["model"] for each in told} == {ref("first")}
-    assert [(each["stage"], each["progress"]) for each in told[-3:]] == [
-        ("download", 1.0), ("load", 0.0), ("load", 1.0),
-    ]  # fmt: skip
+    stages = [(each["stage"], each["progress"]) for each in told]
+    assert stages[-3:] == [("download", 1.0), ("load", 0.0), ("load", 1.0)], stages
     assert [each["stage"] for each in told[:-2]] == ["download"] * len(told[:-2])
     assert any(0 < each["bytes"] < each["total_bytes"] == WEIGHTS + 2 for each in told if "bytes" in each)
     again = [asked for asked in hub.requests("/store/") if weights_of(hub, asked) == "first" and asked.number > 1]
@@ -206,8 +211,9 @@ async def test_what_the_deployment_names_is_fetched_before_it_is_asked_for(worke
 async def test_a_drain_waits_for_no_download(worker: Chain, hub: DevHub) -> None:
     """Last: it ends the worker."""
     hub.on_request = lambda asked: Answer(hang=True) if "org/fourth" in asked.path else None
-    await worker.orchestrator.configure_models(list(refs("fourth")))
+    count = len(hub.requests("org/fourth"))
     waiting = await worker.run("use", {"model": "org/fourth"})
+    await eventually(lambda: bool(hub.requests("org/fourth")[count:]))
     worker.worker.signal(signal.SIGTERM)
     result = await waiting.result(WAIT_S)
     assert (result.error_type, result.retryable, result.safe_message) == ("retryable", True, "worker busy")
