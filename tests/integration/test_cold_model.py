@@ -129,8 +129,9 @@ async def test_a_cold_model_comes_although_its_transfer_process_is_killed(worker
     told = progress_of(waiting)
     assert {each["model"] for each in told} == {ref("first")}
     stages = [(each["stage"], each["progress"]) for each in told]
-    assert stages[-3:] == [("download", 1.0), ("load", 0.0), ("load", 1.0)], stages
-    assert [each["stage"] for each in told[:-2]] == ["download"] * len(told[:-2])
+    # A load that is over at once has no beginning that a waiting run could hear of.
+    assert [each for each in stages if each != ("load", 0.0)][-2:] == [("download", 1.0), ("load", 1.0)], stages
+    assert sorted(stage for stage, _ in stages) == [stage for stage, _ in stages], "download, then load"
     assert any(0 < each["bytes"] < each["total_bytes"] == WEIGHTS + 2 for each in told if "bytes" in each)
     again = [asked for asked in hub.requests("/store/") if weights_of(hub, asked) == "first" and asked.number > 1]
     assert again, "it was asked for again"
