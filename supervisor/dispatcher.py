@@ -299,6 +299,7 @@ class Dispatcher:
 
     def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None:
         loading = self._residency.loading(handle)
+        self.news.executor_died(handle)
         self._residency.forget(handle)
         self.lanes.forget(handle)
         lines = "\n".join(handle.last_lines())[-LAST_LINES_CHARS:]
@@ -384,6 +385,7 @@ class Dispatcher:
         payload = run.payload
         if not run.start(handle, self._loop.time()):
             return
+        run.progress = b""  # that of its model is over
         self.backlog.run_left(len(payload))
         self._residency.acquire(handle, run.models)
         deadline = 0.0

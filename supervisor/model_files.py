@@ -115,8 +115,10 @@ class HostModels:
 
     def on_disk(self) -> Collection[str]:
         """The ids of all that is whole on disk."""
-        mounted = (model_id for model_id, found in self._artifacts.items() if Path(found.root_dir).is_dir())
-        return {*self._local, *mounted}
+        roots = {model_id: found.root_dir for model_id, found in self._local.items()}
+        roots |= {model_id: artifact.root_dir for model_id, artifact in self._artifacts.items()}
+        # Looked at anew: another worker may have removed one to make room, and a mount comes and goes.
+        return {model_id for model_id, root_dir in roots.items() if Path(root_dir).is_dir()}
 
     def hold(self, model_id: str) -> None:
         """Its files are in use and are not removed until as many `release` calls followed."""
@@ -195,9 +197,10 @@ class HostModels:
         wanted = model_id in self._wanted
         self._wanted.discard(model_id)
         if failure is not None:
-            log.error("model %s can't be fetched: %s", model_id, failure.detail or failure.safe_message)
             if wanted and self.events is not None:
                 self.events.fetch_failed(model_id, failure)
+            else:
+                log.error("model %s can't be fetched: %s", model_id, failure.detail or failure.safe_message)
             return
         try:
             if self.events is not None:

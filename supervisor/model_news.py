@@ -19,7 +19,7 @@ from supervisor.lanes import Lanes
 from supervisor.model_commands import ModelCommands
 from supervisor.observer import Observer
 from supervisor.outbox import Outbox
-from supervisor.residence import ModelKey, Outcome
+from supervisor.residence import ModelKey, Outcome, Residence
 from supervisor.residency import Residency
 from supervisor.runs import Run
 from supervisor.socket_session import SocketSession
@@ -79,14 +79,24 @@ class ModelNews:
         self._moved()
 
     def model_unloaded(self, handle: ExecutorHandle, unloaded: ModelUnloaded) -> None:
+        was_on_device = self._residency.ledger(handle).is_in_vram(unloaded.model_id)
         self._residency.unloaded(handle, unloaded)
         if unloaded.failure is None:
-            commanded = self._commands.unloads(unloaded.model_id)
-            self._observer.model_evicted(unloaded.model_id, "command" if commanded else "room")
+            if was_on_device:  # else its copy left host memory
+                commanded = self._commands.unloads(unloaded.model_id)
+                self._observer.model_evicted(unloaded.model_id, "command" if commanded else "room")
         else:
             log.error("unloading %s failed: %s", unloaded.model_id, unloaded.failure.detail)
             self._commands.unload_failed(unloaded.model_id, unloaded.failure)
         self._moved()
+
+    def executor_died(self, handle: ExecutorHandle) -> None:
+        """To be told before residency forgets what it held."""
+        if not handle.recycled:
+            return
+        held = (model for model in self._residency.held() if model.handle is handle)
+        for model_id in sorted({model.model_id for model in held if model.state is not Residence.LOADING}):
+            self._observer.model_evicted(model_id, "recycled")
 
     def failed(self, keys: set[ModelKey], failure: Failure) -> None:
         """What can't be loaded ends the runs that wait for it, unless another executor serves them."""
@@ -149,4 +159,5 @@ class ModelNews:
                 return
             if isinstance(run, SocketSession):
                 continue  # its events go with its stream, and it has said nothing yet
+            run.progress = encoded
             self._outbox.put_event(run.key, encode_event(run.run_id, "job.progress", encoded), 0)

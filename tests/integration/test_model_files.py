@@ -163,8 +163,8 @@ async def test_fetched_found_again_held_and_removed(hub: DevHub, tmp_path: Path)
         our.source.release(C)
 
         # The other did not hear of it, and sees it when it looks.
-        assert other.source.local(A) is None
         assert A not in other.source.on_disk()
+        assert other.source.local(A) is None
     async with host(tmp_path, hub) as later:
         await until(lambda: set(later.source.on_disk()) == {B, C}, WAIT_S)
         assert later.events.changes == 1

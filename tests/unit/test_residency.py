@@ -17,6 +17,7 @@ from supervisor import lanes
 from supervisor.device_meter import MemoryLimits
 from supervisor.executor_handle import HandleState
 from supervisor.model_sizes import ModelSizes
+from supervisor.observer import EvictionReason, Observer
 from supervisor.residence import Residence, Room
 from tests.support.rig import Executor, Rig, function, until, use_recording_children
 
@@ -402,8 +403,19 @@ async def test_memory_that_torch_does_not_know_is_measured_by_the_probe(make: Ma
 # -- receipts -----------------------------------------------------------------------------------
 
 
+class Evictions(Observer):
+    """What is reported of them, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, EvictionReason]] = []
+
+    def model_evicted(self, model_id: str, reason: EvictionReason) -> None:
+        self.told.append((model_id, reason))
+
+
 async def test_an_executor_that_keeps_memory_is_recycled(make: MakeRig, caplog: pytest.LogCaptureFixture) -> None:
-    rig = make()
+    evictions = Evictions()
+    rig = make(observer=evictions)
     (executor,) = rig.executors
     load(rig, executor, A)
     load(rig, executor, B)
@@ -416,8 +428,11 @@ async def test_an_executor_that_keeps_memory_is_recycled(make: MakeRig, caplog: 
     assert executor.loads == [A, B]
     assert rig.results() == {}, "the run waits for the replacement"
     executor.die(0)
+    assert evictions.told == [(A, "room"), (B, "recycled")]
     replacement = rig.add_executor()
     assert replacement.loads == [C]
+    replacement.die(-9)
+    assert len(evictions.told) == 2, "a crash is no eviction"
 
 
 async def test_a_recycled_executor_ends_its_runs_first(make: MakeRig) -> None:
@@ -501,7 +516,8 @@ async def test_evicted_models_stay_in_host_memory_and_return(make: MakeRig) -> N
 
 
 async def test_the_oldest_copy_goes_for_a_newer_one(make: MakeRig) -> None:
-    rig = make(memory_limits=MemoryLimits(None, 1.0, host_gb=5.0))
+    evictions = Evictions()
+    rig = make(memory_limits=MemoryLimits(None, 1.0, host_gb=5.0), observer=evictions)
     (executor,) = rig.executors
     load(rig, executor, A)
     load(rig, executor, B)
@@ -516,6 +532,7 @@ async def test_the_oldest_copy_goes_for_a_newer_one(make: MakeRig) -> None:
     assert executor.sent(UnloadModel)[-1] == UnloadModel(B, to_host=True)
     executor.unload_done(B, 4 * GIB, host_bytes=4 * GIB)
     assert rig.residency.ledger(executor.handle).get_host_models() == [B]
+    assert evictions.told == [(A, "room"), (B, "room")], "a copy that goes leaves no device"
 
 
 async def test_a_command_drops_the_copy_in_host_memory_too(make: MakeRig) -> None:
