@@ -1,11 +1,11 @@
 """The credential for the scheduler.
 
-Owns: where the token comes from, the keys that it is checked against, and the timer that warns before it expires.
+Owns: where the token comes from, and the timer that warns before it expires.
 
 1. AUTH_TOKEN_FILE is read at every dial and goes before the other two, since a file is what gets rotated;
    else AUTH_TOKEN; else WORKER_JWT. Without any of them there is no metadata.
 2. With a JWKS URL the token is verified before it is shown to anyone: signature, expiry, issuer and audience
-   (jwks.py). Without one a token may be anything that fits into a header.
+   (token_check.py). Without one a token may be anything that fits into a header.
 3. The token's `exp` is read, and a warning is due before it is reached.
 
     AuthError                   base; `final` says that no later dial can do better
@@ -29,10 +29,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from supervisor.jwks import TokenVerifier
+from supervisor.token_check import BadToken, KeysUnavailable, TokenCheck
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +40,6 @@ WARN_S: Final = 300.0
 WARN_SHARE: Final = 0.1
 MAX_TOKEN_BYTES: Final = 16 * 1024
 """gRPC servers take 8 KiB of headers by default, some are set to more; a larger file is surely something else."""
-VERIFY_TIMEOUT_S: Final = 10.0
-"""For fetching keys and verifying; the fetch alone gives up sooner."""
 
 _LAST_SECOND: Final = datetime.max.replace(tzinfo=UTC).timestamp()
 _HEADER_SAFE: Final = re.compile(r"[\x21-\x7e]+")
@@ -98,7 +95,7 @@ class Auth:
         self._settings = settings
         self._now = now
         self._conceal = conceal
-        self._verifier: TokenVerifier | None = None
+        self._verifier: TokenCheck | None = None
         self._warning: asyncio.TimerHandle | None = None
 
     async def metadata(self) -> list[tuple[str, str]]:
@@ -139,22 +136,17 @@ class Auth:
 
     async def _verify(self, token: str, source: str) -> Mapping[str, object]:
         """The verified claims. Raises TokenRefused, KeysUnreachable."""
-        from supervisor.jwks import BadToken, KeysUnavailable, TokenVerifier  # noqa: PLC0415  (cryptography is 10 MB)
-
         settings = self._settings
         if self._verifier is None:
-            self._verifier = TokenVerifier(
+            self._verifier = TokenCheck(
                 settings.jwks_url, settings.jwks_ttl_s, settings.issuer or None, settings.audience or None
             )
         try:
-            async with asyncio.timeout(VERIFY_TIMEOUT_S):
-                return await asyncio.to_thread(self._verifier.verify, token, self._now())
+            return await asyncio.to_thread(self._verifier.verify, token, self._now())
         except BadToken as error:
             raise self._refused(source, str(error)) from None
         except KeysUnavailable as error:
             raise KeysUnreachable(f"{error}; the token from {source} is not verified, so nothing is dialed") from None
-        except TimeoutError:
-            raise KeysUnreachable(f"the JWKS took more than {VERIFY_TIMEOUT_S:.0f} s to come") from None
 
     def _refused(self, source: str, reason: str) -> TokenRefused:
         return TokenRefused(f"the token from {source} can't be used: {reason}", final=self._settings.token_file is None)

@@ -1,9 +1,9 @@
-"""Verifying a token against a JWKS, the issuer's published keys.
+"""`python -P -m supervisor.jwks`: verifies one token against a JWKS, the issuer's published keys.
 
-Owns: the key cache. Imports PyJWT and cryptography, so import this module only when a JWKS URL is set. All of it
-blocks: call it from a thread.
+Owns: nothing beyond the one verification; token_check.py keeps the keys, and says what goes in and out. Imports PyJWT
+and cryptography, so the supervisor never imports this module.
 
-1. Keys are cached for their TTL. A token whose `kid` is not among them has them fetched again at once.
+1. Keys are used for their TTL. A token whose `kid` is not among them has them fetched again at once.
 2. When they can't be fetched, older ones that have the token's `kid` serve on: the issuer may be down together with
    the scheduler.
 3. Only asymmetric algorithms are taken: with HS256 anyone who has the published key could sign, and `none` is no
@@ -14,17 +14,21 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 import math
+import os
+import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 import jwt
+import msgspec
 from jwt.exceptions import PyJWKClientError
 
-log = logging.getLogger(__name__)
+from supervisor.prctl import forbid_inspection
+from supervisor.token_check import LOOK_S, Answer, BadToken, Keys, KeysUnavailable, Question
 
 ALGORITHMS: Final = frozenset(
     {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"}
@@ -45,27 +49,19 @@ _REASONS: Final[tuple[tuple[type[jwt.PyJWTError], str], ...]] = (
 )
 
 
-class BadToken(Exception):
-    """The token does not hold; the message completes `the token can't be used: `."""
-
-
-class KeysUnavailable(Exception):
-    """The JWKS can't be fetched."""
-
-
 class TokenVerifier:
-    """See the module. One call at a time."""
+    """See the module. `warnings` is what an operator should hear."""
 
-    def __init__(self, url: str, ttl_s: float, issuer: str | None, audience: str | None) -> None:
-        # The cache is this object's own: PyJWT's keeps no keys past their time, nor fetches at once for a new `kid`.
-        plain_url, headers = _without_userinfo(url)
+    def __init__(self, question: Question) -> None:
+        # PyJWT's cache keeps no keys past their time, nor fetches at once for a new `kid`.
+        plain_url, headers = _without_userinfo(question.url)
         self._client = jwt.PyJWKClient(plain_url, cache_jwk_set=False, headers=headers, timeout=FETCH_TIMEOUT_S)
         self._shown_url = plain_url.partition("?")[0]
-        self._ttl_s = ttl_s
-        self._issuer = issuer
-        self._audience = audience
-        self._entries: list[dict[str, Any]] = []
-        self._fetched_at = -float("inf")
+        self._ttl_s = question.ttl_s
+        self._issuer = question.issuer
+        self._audience = question.audience
+        self.keys = question.keys
+        self.warnings: list[str] = []
 
     def verify(self, token: str, now: float) -> Mapping[str, object]:
         """The claims of `token`, which is good at the epoch second `now`. Raises BadToken, KeysUnavailable."""
@@ -112,27 +108,28 @@ class TokenVerifier:
     def _keys_for(self, kid: object, algorithm: str) -> list[jwt.PyJWK]:
         """The keys that may have signed. Raises KeysUnavailable when that takes a fetch, and the fetch fails."""
         matching = self._matching(kid, algorithm)
-        if matching and time.monotonic() - self._fetched_at < self._ttl_s:
+        fetched_at = -math.inf if self.keys.fetched_at is None else self.keys.fetched_at
+        if matching and time.monotonic() - fetched_at < self._ttl_s:
             return matching
         try:
-            self._entries = self._fetch()
+            entries = self._fetch()
         except KeysUnavailable as error:
             if not matching:
                 raise
-            age = time.monotonic() - self._fetched_at
-            log.warning("%s; the keys fetched %.0f s ago serve on", error, age)
+            age = time.monotonic() - fetched_at
+            self.warnings.append(f"{error}; the keys fetched {age:.0f} s ago serve on")
             return matching
-        self._fetched_at = time.monotonic()
+        self.keys = Keys(entries, time.monotonic())
         return self._matching(kid, algorithm)
 
     def _matching(self, kid: object, algorithm: str) -> list[jwt.PyJWK]:
         keys: list[jwt.PyJWK] = []
-        for entry in self._entries:
+        for entry in self.keys.entries:
             if (kid is None or entry.get("kid") == kid) and _fits(entry, algorithm):
                 try:
                     keys.append(jwt.PyJWK(entry, algorithm))
                 except (jwt.PyJWTError, ValueError, TypeError) as error:
-                    log.warning("a key at %s is unusable: %s", self._shown_url, type(error).__name__)
+                    self.warnings.append(f"a key at {self._shown_url} is unusable: {type(error).__name__}")
         return keys
 
     def _fetch(self) -> list[dict[str, Any]]:
@@ -184,3 +181,35 @@ def _without_userinfo(url: str) -> tuple[str, dict[str, str]]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def answer(question: Question) -> Answer:
+    """Verify, and say what came of it."""
+    verifier = TokenVerifier(question)
+    claims: Mapping[str, object] = {}
+    bad_token = no_keys = ""
+    try:
+        claims = verifier.verify(question.token, question.now)
+    except BadToken as error:
+        bad_token = str(error)
+    except KeysUnavailable as error:
+        no_keys = str(error)
+    return Answer(verifier.keys, dict(claims), bad_token, no_keys, verifier.warnings)
+
+
+def _leave_with_parent(parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(LOOK_S)
+    os._exit(1)
+
+
+def main() -> None:
+    """One question, one answer. The argument is the pid of who asks."""
+    forbid_inspection()
+    threading.Thread(target=_leave_with_parent, args=(int(sys.argv[1]),), daemon=True).start()
+    question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
+    sys.stdout.buffer.write(msgspec.json.encode(answer(question)))
+
+
+if __name__ == "__main__":
+    main()

@@ -52,12 +52,14 @@ class ModelCommands:
         self._advance_load(model_id)
 
     def unload(self, name: str) -> None:
-        """Answered when no executor holds it any more."""
-        try:
-            model_id = self._residency.names.model_id(name)
-        except ModelRefused as refused:
-            self._outbox.put_control(encode_unload_result(name, refused.failure.detail))
-            return
+        """Answered when no executor holds it any more. What is held may leave, whatever the allowlist says by now."""
+        model_id = self._residency.names.meant_by(name)
+        if not self._residency.holders(model_id) and not self._residency.is_loading(model_id):
+            try:
+                self._residency.names.model_id(name)
+            except ModelRefused as refused:
+                self._outbox.put_control(encode_unload_result(name, refused.failure.detail))
+                return
         self._unloads.setdefault(model_id, []).append(name)
         self._advance_unload(model_id)
 

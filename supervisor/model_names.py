@@ -61,9 +61,13 @@ class ModelNames:
             for position, injection in enumerate(info.injections)
         )
 
+    def meant_by(self, name: str) -> str:
+        """The id that a label or ref stands for, whether it may be had or not."""
+        return canonical_name(self._labels.get(name, name))
+
     def model_id(self, name: str) -> str:
-        """The id that a label or ref stands for. Raises ModelRefused."""
-        model_id = canonical_name(self._labels.get(name, name))
+        """The same of a model that may be had. Raises ModelRefused."""
+        model_id = self.meant_by(name)
         if self._allowed and model_id not in self._allowed:
             raise ModelRefused(invalid("model not allowed", f"model {model_id} is not on this deployment's allowlist"))
         if not self._source.knows(model_id):

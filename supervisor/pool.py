@@ -212,6 +212,8 @@ class Pool:
         except (OSError, ValueError) as error:  # ValueError: what can't be in an environment
             log.error("executor %s can't be started: %s", handle.name, error)
             slot.handle = None
+            slot.renewing = False
+            slot.gone.set()
             if not self.handles:
                 self._empty.set()
             self._replace(slot, f"can't be started: {error}", was_ready=False)

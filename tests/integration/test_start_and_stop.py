@@ -285,6 +285,7 @@ async def test_a_token_that_the_jwks_confirms_is_used(jwks: str) -> None:
     async with chain(env=jwt_settings(jwks, good)) as worker:
         assert worker.connection.authorization == f"Bearer {good}"
         assert not worker.worker.lines(good)
+        assert "cryptography" not in Path(f"/proc/{worker.worker.pid}/maps").read_text(), "10 MiB for one check a dial"
 
 
 # -- what is served -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+import psutil
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -185,14 +187,16 @@ def test_settings_do_not_show_tokens() -> None:
     assert "hunter2" not in repr(AuthSettings(auth_token="hunter2", worker_jwt="hunter2"))
 
 
-def test_jwt_and_cryptography_are_not_loaded_without_a_jwks() -> None:
+async def test_jwt_and_cryptography_are_not_loaded_by_a_verification(jwks: JwksServer) -> None:
     code = (
         "import asyncio, sys\n"
         "from supervisor.auth import Auth, AuthSettings\n"
-        "asyncio.run(Auth(AuthSettings(auth_token='a.b.c')).metadata())\n"
+        f"auth = Auth(AuthSettings(auth_token={token()!r}, jwks_url={jwks.url!r}), now=lambda: {NOW})\n"
+        "assert asyncio.run(auth.metadata())\n"
         "print([name for name in ('jwt', 'cryptography') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
 
 
@@ -362,6 +366,32 @@ async def test_fetching_does_not_hold_up_the_event_loop(jwks: JwksServer) -> Non
             await asyncio.sleep(0.001)
     jwks.go_on.set()  # the server answers only because the loop came to this line
     assert await verification == token()
+
+
+async def test_a_verification_does_not_outlive_who_asked_for_it(jwks: JwksServer) -> None:
+    jwks.go_on.clear()
+    code = (
+        "from supervisor.token_check import TokenCheck\n"
+        f"TokenCheck({jwks.url!r}, 300, None, None).verify({token()!r}, {NOW})"
+    )
+    asks = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
+    async with asyncio.timeout(20):
+        while not jwks.fetches:
+            await asyncio.sleep(0.01)
+    (verifies,) = psutil.Process(asks.pid).children()
+    asks.kill()
+    await asks.wait()
+    await asyncio.to_thread(psutil.wait_procs, [verifies], 3)
+    assert not verifies.is_running() or verifies.status() == psutil.STATUS_ZOMBIE
+    jwks.go_on.set()
+
+
+async def test_no_verdict_without_a_process(jwks: JwksServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for program, words in (("/nowhere/python", "no process verifies the token"), ("/bin/false", "failed (1)")):
+        monkeypatch.setattr("supervisor.token_check.sys.executable", program)
+        with pytest.raises(KeysUnreachable, match=re.escape(words)) as caught:
+            await verifying(jwks, token()).metadata()
+        assert not caught.value.final
 
 
 # -- expiry ---------------------------------------------------------------------------------------

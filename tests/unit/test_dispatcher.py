@@ -580,6 +580,22 @@ async def test_unload_command(models: MakeRig) -> None:
     assert answers(rig) == [("unload", "a", "")], "nothing to do"
 
 
+async def test_a_model_that_is_not_allowed_any_more_can_be_unloaded(models: MakeRig) -> None:
+    rig = models()
+    (executor,) = rig.executors
+    rig.dispatcher.commands.load("a")
+    executor.load_done(A)
+    rig.residency.names.configure([B], {})
+    assert answers(rig) == [("load", "a", "")]
+    rig.dispatcher.commands.unload("a")
+    assert executor.unloads == [A]
+    executor.unload_done(A)
+    assert answers(rig) == [("unload", "a", "")]
+    rig.dispatcher.commands.unload("a")
+    ((_, _, error),) = answers(rig)
+    assert "is not on this deployment's allowlist" in error
+
+
 async def test_unload_of_what_is_used_or_being_loaded(models: MakeRig) -> None:
     rig = models()
     (executor,) = rig.executors

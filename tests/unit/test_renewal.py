@@ -114,6 +114,31 @@ async def test_a_slot_that_is_being_filled_gets_one_executor(slots: Slots) -> No
     assert SpawningChild.spawned == 3
 
 
+async def test_an_executor_that_fails_to_start_while_it_is_renewed(
+    slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = asyncio.Event()
+
+    async def spawn(*_: object) -> None:
+        if SpawningChild.error is not None:
+            await go_on.wait()
+            raise SpawningChild.error
+
+    monkeypatch.setattr(SpawningChild, "spawn", spawn)
+    SpawningChild.error = OSError(12, "Cannot allocate memory")
+    slots.pool.start()
+    await slots.started(2)
+    first = slots.child(0)
+    renewing = asyncio.ensure_future(slots.pool.renew(0, "new code", 30.0))
+    await until(lambda: is_asked_to_leave(slots, 0))
+    go_on.set()
+    await until(lambda: not slots.pool._slots[0].renewing)
+    SpawningChild.error = None
+    await until(lambda: slots.pool._slots[0].handle is not None and slots.child(0) is not first)
+    slots.ready(0)
+    assert await asyncio.wait_for(renewing, 5), "it does not wait for the end of what never began"
+
+
 async def test_a_stop_during_a_renewal_is_a_stop(slots: Slots) -> None:
     await serving(slots)
     renewing = asyncio.ensure_future(slots.pool.renew(0, "new code", 30.0))
