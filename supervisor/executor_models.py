@@ -293,7 +293,7 @@ class ExecutorModels:
         self._order = _Order(key, need, found.weight_bytes, memory, self._uses_if_quiet())
         log.info("loading %s as %s, %s expected", *key, gib(need), extra={"executor": self.handle.name})
         self.handle.send_load(LoadModel(*key, found.root_dir, dict(found.files), dict(found.metadata)))
-        asyncio.get_running_loop().call_soon(self._moves.load_started, self.handle, key[0])
+        self._moves.load_started(self.handle, key[0])
 
     def _make_room(self, job: _Job, need: int, memory: DeviceMemory) -> bool:
         """Whether there is room now; else idle models are told to leave, or the job ends."""

@@ -42,9 +42,14 @@ class Outcome(Enum):
 
 
 class ModelMoves(Protocol):
-    """Who is told of what the executors' models do by themselves; never called from within a call to residency."""
+    """Who is told of what the executors' models do by themselves.
 
-    def load_started(self, handle: ExecutorHandle, model_id: str) -> None: ...
+    Never called from within a call to residency, but for `load_started`.
+    """
+
+    def load_started(self, handle: ExecutorHandle, model_id: str) -> None:
+        """It was told to; nothing is to be asked of residency in return."""
+
     def load_refused(self, handle: ExecutorHandle, key: ModelKey, failure: Failure) -> None:
         """The load was not even tried."""
 
