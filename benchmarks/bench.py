@@ -4,7 +4,7 @@ All are driven by the same load over loopback (load.py). Rounds alternate betwee
 does hits all; each figure is the median of the rounds, and each ratio the median of the rounds' ratios. Prints a table
 and writes benchmarks/out/bench.json; charts.py makes the charts of docs/benchmarks.md from that (the `bench` extra).
 
-    python benchmarks/bench.py [--rounds N] [--only WORDS] [--quick]
+    python benchmarks/bench.py [--rounds N] [--only WORDS] [--quick] [--peer h2|grpcio]
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Final
 import psutil
 import uvloop
 from alone import executor_replaced, first_registration, resident, stalls, until_serving
-from load import Subject, subject
+from load import LoadScheduler, Subject, subject
+from load_grpcio import GrpcioLoadScheduler
 from measures import CPU, DRIVEN, MIB, SMALL, Driven
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +42,7 @@ SUBJECTS: Final = {
     "h2, 4 executors": {"WORKER_GRPC_TRANSPORT": "h2", "WORKER_EXECUTORS": "4"},
 }
 CPU_GOALS: Final = {"h2": 0.4}
+PEERS: Final[dict[str, type[LoadScheduler]]] = {"h2": LoadScheduler, "grpcio": GrpcioLoadScheduler}
 
 
 @dataclass
@@ -90,16 +92,16 @@ async def one(subject_: Subject, measure: Driven) -> tuple[float, float]:
     return measure.read(outcome), cpu / outcome.runs
 
 
-async def compared(rounds: int, only: str) -> list[Row]:
+async def compared(rounds: int, only: str, peer: type[LoadScheduler]) -> list[Row]:
     """Everything that the floor can do too."""
     rows: list[Row] = []
     async with AsyncExitStack() as stack:
         command = [sys.executable, str(HERE / "floor.py"), "{address}"]
-        floor = await stack.enter_async_context(subject(FLOOR, command, environment(), str(HERE)))
+        floor = await stack.enter_async_context(subject(FLOOR, command, environment(), str(HERE), peer()))
         workers = {}
         for name, settings in SUBJECTS.items():
             command = [sys.executable, "-m", "gen_worker.entrypoint"]
-            started = subject(name, command, environment(**settings), str(HERE))
+            started = subject(name, command, environment(**settings), str(HERE), peer())
             workers[name] = await stack.enter_async_context(started)
             await until_serving(workers[name].scheduler, int(settings.get("WORKER_EXECUTORS", "1")))
         for each in (floor, *workers.values()):
@@ -177,16 +179,17 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="only measures whose name holds this")
     parser.add_argument("--quick", action="store_true", help="fewer runs where there are very many")
+    parser.add_argument("--peer", choices=PEERS, default="h2", help="what the scheduler that drives them is built on")
     arguments = parser.parse_args()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     about: dict[str, object] = {
         "machine": machine,
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "rounds": arguments.rounds,
-        "peer": "benchmarks/load.py: a scheduler on h2 and uvloop, for the floor and the workers alike",
+        "peer": arguments.peer,
         "load_before": f"{os.getloadavg()[0]:.1f}",
     }
-    rows = uvloop.run(compared(arguments.rounds, arguments.only))
+    rows = uvloop.run(compared(arguments.rounds, arguments.only, PEERS[arguments.peer]))
     rows += uvloop.run(by_themselves(arguments.rounds, arguments.only, quick=arguments.quick))
     about["load_after"] = f"{os.getloadavg()[0]:.1f}"
     OUT.mkdir(exist_ok=True)

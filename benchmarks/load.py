@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Final, cast
+from typing import Final, Protocol, cast
 
 import msgspec
 from h2.config import H2Configuration
@@ -52,6 +52,16 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 class RunFailed(Exception):
     """A worker answered a run with a failure."""
+
+
+class Channel(Protocol):
+    """One worker's stream, as the load sees it."""
+
+    def send(self, message: bytes) -> None:
+        """Queue one; `flush` sends what is queued."""
+
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class Wire(asyncio.Protocol):
@@ -137,7 +147,7 @@ class LoadScheduler:
 
     def __init__(self) -> None:
         self._server: asyncio.Server | None = None
-        self._wire: Wire | None = None
+        self._wire: Channel | None = None
         self._registered = asyncio.Event()
         self._numbers = iter(range(1, 1 << 62))
         self._outcome = Outcome()
@@ -166,14 +176,14 @@ class LoadScheduler:
         async with asyncio.timeout(timeout_s):
             await self._registered.wait()
 
-    def on_lost(self, wire: Wire, exc: Exception | None) -> None:
+    def on_lost(self, wire: Channel, exc: Exception | None) -> None:
         if self._wire is wire:
             self._wire = None
             self._registered.clear()
             if self._done is not None and not self._done.done():
                 self._done.set_exception(RuntimeError(f"the worker left in the midst of a measurement: {exc}"))
 
-    def on_messages(self, wire: Wire, messages: Sequence[bytes]) -> None:
+    def on_messages(self, wire: Channel, messages: Sequence[bytes]) -> None:
         now = time.perf_counter()
         for data in messages:
             message = pb.WorkerSchedulerMessage.FromString(data)
@@ -245,9 +255,11 @@ class Subject:
 
 
 @asynccontextmanager
-async def subject(name: str, command: Sequence[str], env: dict[str, str], cwd: str) -> AsyncIterator[Subject]:
+async def subject(
+    name: str, command: Sequence[str], env: dict[str, str], cwd: str, scheduler: LoadScheduler | None = None
+) -> AsyncIterator[Subject]:
     """A floor or a worker under load, registered. `{address}` in command and env is filled in."""
-    scheduler = LoadScheduler()
+    scheduler = scheduler or LoadScheduler()
     await scheduler.start()
     address = f"127.0.0.1:{scheduler.port}"
     process = await asyncio.create_subprocess_exec(

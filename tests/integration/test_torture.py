@@ -93,7 +93,7 @@ async def test_a_worker_that_does_not_start(tmp_path: Path) -> None:
     (tmp_path / ".cozy").mkdir()
     (tmp_path / ".cozy" / "manifest.json").write_text("no manifest")
     code, out, err = await _command("--project", tmp_path, "--log", tmp_path / "log")
-    assert (code, out) == (64, "")
+    assert (code, out) == (2, "")
     assert err.startswith("error: the worker did not register; the end of its log:")
     assert "manifest.json" in err
 
@@ -102,5 +102,5 @@ async def test_payloads_without_a_project(tmp_path: Path) -> None:
     payloads = tmp_path / "payloads.jsonl"
     payloads.write_text('{"function": "echo", "payload": {}}\n')
     code, _, err = await _command("--payloads", payloads)
-    assert code == 64
+    assert code == 2
     assert err == "error: --payloads goes with --project: the built-in functions have payloads of their own\n"
