@@ -56,7 +56,11 @@ class TcpProxy:
         task.add_done_callback(self._tasks.discard)
         rule = self._rules[self.connections] if self.connections < len(self._rules) else PASS
         self.connections += 1
-        there_reader, there_writer = await asyncio.open_connection(*self._target)
+        try:
+            there_reader, there_writer = await asyncio.open_connection(*self._target)
+        except BaseException:
+            writer.transport.abort()
+            raise
         ways = [
             asyncio.create_task(_copy(reader, there_writer, rule.up)),
             asyncio.create_task(_copy(there_reader, writer, rule.down)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import secrets
@@ -527,11 +528,11 @@ async def test_a_store_that_is_not_there(rig: Rig, picture: Path) -> None:
 )
 async def test_answers_that_do_not_fit(rig: Rig, tmp_path: Path, answer: bytes, words: str) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readexactly(len(await reader.readuntil(b"\r\n\r\n")) and 5)
-        body = answer.replace(b"%s", sha256(b"12345").encode())
-        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
-        await writer.drain()
-        writer.close()
+        with contextlib.closing(writer):  # also when the test is over before it
+            await reader.readexactly(len(await reader.readuntil(b"\r\n\r\n")) and 5)
+            body = answer.replace(b"%s", sha256(b"12345").encode())
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            await writer.drain()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"

@@ -6,6 +6,7 @@ No packet leaves this machine: hosts are looked up in a table, and the only addr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from ipaddress import ip_address
@@ -43,6 +44,11 @@ class Server:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.open += 1
+        with contextlib.closing(writer):  # also when the test is over before it
+            await self._answer(reader, writer)
+        self.open -= 1
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         fields = (line.partition(": ") for line in head[1:] if line)
         self.requests.append((head[0], {name.lower(): value for name, _, value in fields}))
@@ -53,8 +59,6 @@ class Server:
         await writer.drain()
         if self.hold is not None:
             await self.hold.wait()
-        writer.close()
-        self.open -= 1
 
 
 class Names:
