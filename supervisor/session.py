@@ -368,12 +368,13 @@ class Session:
         due = link.opened_at + self._interval_s
         while True:
             last = self._clock.now()
-            if await self._clock.wait_for(self._changed.wait(), due - last):
+            is_due = not await self._clock.wait_for(self._changed.wait(), due - last)
+            if not is_due:
                 await self._clock.sleep(last + ANNOUNCE_GAP_S - self._clock.now())
             await self._register(link, is_heartbeat=True)
             late = self._clock.now() - due
-            if late >= 0:
-                due += (math.floor(late / self._interval_s) + 1) * self._interval_s
+            if is_due or late >= 0:  # a loop's timers may be a millisecond early
+                due += (math.floor(max(late, 0) / self._interval_s) + 1) * self._interval_s
 
     async def _register(self, link: _Link, *, is_heartbeat: bool) -> None:
         async with link.turn:

@@ -247,6 +247,17 @@ async def test_heartbeats_keep_to_their_schedule() -> None:
             await eventually(lambda: bench.clock.waits == [10])
 
 
+async def test_a_timer_that_is_early_makes_one_heartbeat_not_two() -> None:
+    async with serving(hold) as server:
+        bench = Bench(server.address)
+        bench.clock.early_s = 0.001
+        async with bench.started():
+            await bench.beat()
+            bench.clock.advance(9.9995)
+            await eventually(lambda: bench.clock.waits == [pytest.approx(10.0005)])
+            assert server.dials[0].received == [REGISTRATION, HEARTBEAT]
+
+
 async def test_a_change_is_announced_at_once_and_changes_together_share_a_heartbeat() -> None:
     async with serving(hold) as server:
         bench = Bench(server.address)

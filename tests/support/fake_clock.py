@@ -20,6 +20,8 @@ class FakeClock:
     def __init__(self) -> None:
         self._now = 1000.0
         self._waits: list[_Wait] = []
+        self.early_s = 0.0
+        """By how much a wait may end too soon, as a loop's timers do."""
 
     @property
     def waits(self) -> list[float]:
@@ -54,5 +56,5 @@ class FakeClock:
             await asyncio.gather(work, over, return_exceptions=True)
 
     def _check(self, wait: _Wait) -> None:
-        if wait.deadline <= self._now + 1e-9:
+        if wait.deadline <= self._now + self.early_s + 1e-9:
             wait.over.set()
