@@ -233,7 +233,7 @@ class _Server:
             self.stop()
 
     def stop(self) -> str:
-        """ "" for one that had to be stopped, else what it said before it ended."""
+        """What it said, if it had ended before it was told to."""
         early = str(self) if self._has_ended() else ""
         for number in (signal.SIGTERM, signal.SIGKILL):
             try:
