@@ -73,12 +73,14 @@ def test_the_images_are_built_and_serve(tmp_path: Path) -> None:
     studio = tmp_path / "studio"
     subprocess.run([Path(sys.executable).parent / "gen-worker", "init", studio], capture_output=True, check=True)
     hello = ROOT / "examples/hello"
+    (scratch := tmp_path / "scratch").mkdir()
     life = {
         "command": ["sh", "-c", LIFE, "{entrypoint}", "{health}"],
         "env": {"SCHEDULER_ADDR": "127.0.0.1:8080", **SOON},
     }
     order = {
         "python": str(python_of_the_image()),
+        "scratch": str(scratch),
         "network": {name: os.environ[name] for name in NETWORK if name in os.environ} | {"UV_SYSTEM_CERTS": "1"},
         "images": {
             "gen-worker": {"dockerfile": str(ROOT / "Dockerfile"), "context": str(context), "args": {"TORCH": ""}},

@@ -5,7 +5,7 @@ all: `unshare --mount python image.py`. It is told what to do by JSON on stdin:
 
     {"images": {NAME: {"dockerfile": PATH, "context": PATH, "args": {NAME: VALUE}}, ...},
      "runs": [{"image": NAME, "command": [WORD, ...], "env": {NAME: VALUE}}, ...],
-     "python": PATH, "network": {NAME: VALUE}}
+     "python": PATH, "scratch": PATH, "network": {NAME: VALUE}}
 
 `FROM python:...` is this machine's own system with that Python first on its path; what a step writes goes to memory,
 over it. RUN steps have the variables of `network`. At the end each of `runs` is run in an image as its USER, with its
@@ -21,7 +21,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,8 +49,8 @@ class Stage:
 
 
 class Builder:
-    def __init__(self, python: Path, network: dict[str, str]) -> None:
-        self._memory = Path(tempfile.mkdtemp(dir="/mnt"))
+    def __init__(self, python: Path, scratch: Path, network: dict[str, str]) -> None:
+        self._memory = scratch
         mount("-t", "tmpfs", "tmpfs", self._memory)
         self._python = python
         self._network = network
@@ -97,8 +96,8 @@ class Builder:
             return Stage(root, dict(base.env), base.workdir, base.user, base.entrypoint, base.health)
         for parent in self._python.parents:  # others than root may run it, as in the image
             (root / parent.relative_to("/")).chmod(0o755)
-        path = f"{self._python.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-        return Stage(root, {"PATH": path, "LANG": "C.UTF-8"})
+        programs = f"{self._python.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        return Stage(root, {"PATH": programs, "LANG": "C.UTF-8"})
 
     def _step(
         self, stage: Stage, word: str, rest: str, args: dict[str, str], stages: dict[str, Stage], context: Path
@@ -129,11 +128,11 @@ class Builder:
         if sources[0].startswith("--from="):
             origin = stages[sources.pop(0).removeprefix("--from=")].root
         into = stage.root / os.path.normpath(Path(stage.workdir, target)).lstrip("/")
-        for source in (origin / each.lstrip("/") for each in sources):
-            if source.is_dir():  # what is in it, as Docker does
-                shutil.copytree(source, into, symlinks=True, dirs_exist_ok=True)
+        for path in (origin / each.lstrip("/") for each in sources):
+            if path.is_dir():  # what is in it, as Docker does
+                shutil.copytree(path, into, symlinks=True, dirs_exist_ok=True)
             else:
-                shutil.copy2(source, into)
+                shutil.copy2(path, into)
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
@@ -160,7 +159,7 @@ def run(stage: Stage, command: list[str], env: dict[str, str], before: Sequence[
 
 def main() -> None:
     order: dict[str, Any] = json.load(sys.stdin)
-    builder = Builder(Path(order["python"]), order["network"])
+    builder = Builder(Path(order["python"]), Path(order["scratch"]), order["network"])
     for name, image in order["images"].items():
         print(f"==> {name}", flush=True)
         builder.build(name, Path(image["dockerfile"]), Path(image["context"]), image["args"])
