@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Self
 
@@ -26,7 +27,8 @@ from tests.support.dev_server import PROGRAM, wait_for
 from tests.support.doc_blocks import ROOT, Block
 
 COMMAND_S: Final = 120.0
-STOP_S: Final = 40.0
+_STOPPING: Final = ((signal.SIGTERM, 1.0), (signal.SIGTERM, 40.0), (signal.SIGKILL, 40.0))
+"""A worker whose scheduler has left would wait for another to take the result; a second signal says not to."""
 _LEFT_OUT: Final = shutil.ignore_patterns(
     ".*cache", ".git", ".hypothesis", ".venv", "__pycache__", "build", "dist", "out", "shared"
 )
@@ -53,6 +55,7 @@ class ShellPage:
             "TMPDIR": str(directory),
             "PYTHONUNBUFFERED": "1",
             "PIP_NO_INDEX": "1",  # what a page asks pip for is installed already, and stays as it is
+            "UV_OFFLINE": "1",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             "WORKER_HTTP_ADDR": f"127.0.0.1:{self._port('9090')}",
             "WORKER_MODEL_CACHE_DIR": str(directory / "models"),
@@ -62,8 +65,9 @@ class ShellPage:
     def __enter__(self) -> Self:
         self.home.mkdir()
         self._programs.mkdir()
-        pip = self._programs / "pip"  # the one of this Python, whichever way the environment got it
-        pip.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m pip "$@"\n')
+        pip = self._programs / "pip"  # the one of this Python; an environment that uv made has none
+        module = "pip" if find_spec("pip") else "uv pip"
+        pip.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m {module} "$@"\n')
         pip.chmod(0o755)
         (self.home / ".curlrc").write_text("fail-with-body\n")  # an answer of 4xx or 5xx is a failure of the block
         return self
@@ -235,10 +239,10 @@ class _Server:
     def stop(self) -> str:
         """What it said, if it had ended before it was told to."""
         early = str(self) if self._has_ended() else ""
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        for number, wait_s in _STOPPING:
             try:
                 os.killpg(self._process.pid, number)
-                self._process.wait(STOP_S)
+                self._process.wait(wait_s)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
         assert self._process.stdin is not None
