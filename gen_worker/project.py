@@ -102,7 +102,11 @@ def _read(root: Path) -> tuple[CozyConfig, list[str], list[str]]:
     try:
         document = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        return nothing, [f"no pyproject.toml in {root}"], []
+        return (
+            nothing,
+            [f"no pyproject.toml in {root.resolve()}: name the project's folder, or begin one with gen-worker init"],
+            [],
+        )
     except (OSError, ValueError) as error:
         return nothing, [f"{path} can't be read: {error}"], []
     table = document.get("tool", {}).get("cozy")

@@ -10,7 +10,9 @@ A run's spans are made when it has ended, from the moments that it kept anyway, 
     |-- wait for a model               from there until an executor had it
     `-- execute                        on the executor
 
-The wire has no place for a trace context, so each run is a trace of its own; `gen_worker.run_id` finds it.
+The wire has no place for a trace context but the run's id. One that is a UUID is the trace's id too: whoever made
+it can have spans of its own in that trace, and a run that is tried again is in the same one. Any other run is a
+trace with an id at random; `gen_worker.run_id` finds it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import asyncio
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -26,7 +29,8 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.trace import INVALID_TRACE_ID, Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 
 from gen_worker._version import __version__
 from gen_worker.pipe.messages import Failure
@@ -53,7 +57,9 @@ class Tracing(Observer):
     ) -> None:  # fmt: skip
         """`endpoint`: a collector's base URL; `attributes` are the resource's. `now` gives epoch seconds."""
         self._now = now
+        self._ids = _RunIds()
         self._provider = TracerProvider(
+            id_generator=self._ids,
             resource=Resource.create({"service.name": "gen-worker", "service.version": __version__, **attributes}),
             shutdown_on_exit=False,
         )
@@ -69,6 +75,7 @@ class Tracing(Observer):
         def at(moment: float) -> int:
             return epoch_ns + int(moment * 1e9)
 
+        self._ids.run_id = run.run_id
         span = self._tracer.start_span(
             f"run {run.function}", kind=SpanKind.SERVER, start_time=at(run.arrived), attributes=_attributes(run)
         )
@@ -104,6 +111,19 @@ class Tracing(Observer):
 
     def _child(self, parent: Span, name: str, start: int, end: int) -> None:
         self._tracer.start_span(name, context=set_span_in_context(parent), start_time=start).end(end)
+
+
+class _RunIds(RandomIdGenerator):
+    """The next trace's id is that of the run, if that is a UUID."""
+
+    run_id = ""
+
+    def generate_trace_id(self) -> int:
+        try:
+            trace_id = uuid.UUID(self.run_id).int
+        except ValueError:
+            trace_id = INVALID_TRACE_ID
+        return trace_id if trace_id != INVALID_TRACE_ID else super().generate_trace_id()
 
 
 def _attributes(run: Run) -> dict[str, str | list[str]]:

@@ -17,10 +17,11 @@ _MARKS: Final = {
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as a JSON list.")] = False,  # noqa: FBT002
 ) -> None:
-    """Examine this host with the settings that a worker here would have; exit 1 when something is broken.
+    """Examine this host as a worker here would find it.
 
-    Looks at packages, driver, GPUs, torch, memory, limits, disks, ports, the token and the schedulers. It changes
-    nothing; 64 MiB are written to the model cache and removed again, to see how fast it is.
+    With its settings; exit 1 when something is broken. Looks at packages, driver, GPUs, torch, memory, limits,
+    disks, ports, the token and the schedulers. It changes nothing; 64 MiB are written to the model cache and
+    removed again, to see how fast it is.
     """
     import msgspec
 

@@ -31,7 +31,7 @@ def download(
     refs: Annotated[list[str], typer.Argument(metavar="REF...", help="cozy:org/repo[:tag] or hf:org/repo[@revision].")],
     as_json: AsJson = False,  # noqa: FBT002
 ) -> None:
-    """Download models into the worker's cache, so that a worker finds them there.
+    """Download models into the cache, where a worker finds them.
 
     COZY_HUB_URL, COZY_HUB_TOKEN, HF_TOKEN, WORKER_MODEL_CACHE_DIR and the COZY_HF_* settings hold as for the worker.
     What was interrupted is resumed.

@@ -23,7 +23,7 @@ def serve(
     host: Annotated[
         str, typer.Option(help="The address to listen on; another than loopback needs --token.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    port: Annotated[int, typer.Option(envvar="GEN_WORKER_SERVE_PORT", min=0, max=65535, help="0: a free one.")] = 8000,
     token: Annotated[
         str, typer.Option(envvar="GEN_WORKER_SERVE_TOKEN", help="Ask callers for it, as a bearer.", show_default="none")
     ] = "",

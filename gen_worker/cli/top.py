@@ -27,9 +27,10 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="Print one view and end.")] = False,  # noqa: FBT002
     as_json: Annotated[bool, typer.Option("--json", help="Print the status as JSON and end.")] = False,  # noqa: FBT002
 ) -> None:
-    """Watch a worker: executors, GPUs, models, runs, rates, last faults. Ctrl-C ends it.
+    """Watch a worker: executors, GPUs, models, runs, last faults.
 
-    It asks the worker's HTTP, which WORKER_HTTP_ADDR names here as it does for the worker; exit 1 when nothing answers.
+    Ctrl-C ends it. It asks the worker's HTTP, which WORKER_HTTP_ADDR names here as it does for the worker; exit 1
+    when nothing answers.
     """
     try:
         where = _address(address)

@@ -26,10 +26,11 @@ def torture(
         typer.Option(help="Most that an executor may take; 0: not judged.", show_default="200; 0 with --project"),
     ] = None,
 ) -> None:
-    """Run a worker against a scheduler that does everything nasty at random; exit 1 when a guarantee was broken.
+    """Try to break a worker with a scheduler that is nasty to it.
 
-    Streams are cut, refused, redirected and flooded; executors crash, freeze and are killed. Then is checked: every run
-    has its one result, deltas are in order, no process is left, memory is bounded, and the worker serves.
+    What it does is random, by the seed; exit 1 when a guarantee was broken. Streams are cut, refused, redirected
+    and flooded; executors crash, freeze and are killed. Then is checked: every run has its one result, deltas are
+    in order, no process is left, memory is bounded, and the worker serves.
     """
     from gen_worker.errors import WorkerError
     from gen_worker.testing.torture.driver import run

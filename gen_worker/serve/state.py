@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
@@ -37,6 +38,10 @@ _RESOURCES: Final = (
 
 
 _ABOUT_EXECUTORS: Final = ("supervisor.pool", "supervisor.renewal")
+_ABOUT_FUNCTIONS: Final = "supervisor.dispatcher"
+_OF_SLOT: Final = re.compile(r"executor(?: of)? slot (\d+) ")
+_READY: Final = re.compile(r"executor (\d+)(?:\.\d+)? is ready: ")
+"""What supervisor/pool.py says of a slot, and supervisor/dispatcher.py of the executor that is in it now."""
 RENEWED: Final = "all executors are new"
 """What supervisor/renewal.py logs when a reload is done."""
 
@@ -59,21 +64,39 @@ class DevState:
         self.runs = Runs(worker, self.changes)
         self.phase = Phase.STARTING
         self.problem = ""
-        """Why nothing is served, in one line."""
+        """Why nothing is served, or what is wrong with an executor, in one line."""
+        self._slots_down: dict[int, str] = {}
+        """What was said of slots that have no executor now, the latest last."""
 
     def enter(self, phase: Phase, problem: str = "") -> None:
         """The worker's phase is another now."""
         self.phase, self.problem = phase, problem
+        if not problem:
+            self._slots_down.clear()
         self.changes.tell()
 
     def take_line(self, line: LogLine) -> None:
-        """The worker wrote a line. An executor that does not start with the new code is a problem to show."""
+        """The worker wrote a line. An executor that died or does not start is a problem until another serves."""
         if line.logger in _ABOUT_EXECUTORS and self.phase in (Phase.SERVING, Phase.RELOADING):
             if line.is_error:
-                self.problem = line.message
+                self._take_problem(line.message)
             elif line.message == RENEWED:
                 self.problem = ""
+                self._slots_down.clear()
+        elif line.logger == _ABOUT_FUNCTIONS and (ready := _READY.match(line.message)):
+            self._take_ready(int(ready[1]))
         self.changes.tell()
+
+    def _take_problem(self, words: str) -> None:
+        self.problem = words
+        if of_slot := _OF_SLOT.search(words):
+            slot = int(of_slot[1])
+            self._slots_down.pop(slot, "")
+            self._slots_down[slot] = words
+
+    def _take_ready(self, slot: int) -> None:
+        if self._slots_down.pop(slot, "") == self.problem:
+            self.problem = next(reversed(self._slots_down.values()), "")
 
     async def settled(self, timeout_s: float) -> None:
         """Until the worker serves or is down, or the time is over: a call in the midst of a reload waits for it."""

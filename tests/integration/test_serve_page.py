@@ -147,6 +147,17 @@ def test_the_worker_is_shown_and_new_code_without_a_reload_of_the_page(page: Bro
     assert page.value("subject") == "an astronaut of old", "what was typed stays"
 
 
+def test_an_executor_that_died_is_a_problem_until_another_serves(page: Browser, server: DevServer) -> None:
+    choose(page, "tell")
+    (executor,) = [child for child in server.family() if "executor" in child.cmdline()]
+    executor.kill()
+    page.one("#problem", "executor of slot 0 died: killed by SIGKILL")
+    page.wait(lambda: not page.driver.find_element("id", "problem").is_displayed())
+    page.one("#phase", "serving")
+    page.one("#run").click()
+    page.one("#stage", "done")
+
+
 def test_dark_and_light(page: Browser) -> None:
     def ground() -> str:
         return str(page.driver.execute_script("return getComputedStyle(document.body).backgroundColor"))

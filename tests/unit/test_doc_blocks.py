@@ -1,42 +1,38 @@
-"""What the documentation shows: Python blocks run, commands exist with their options, generated pages are fresh."""
+"""What the documentation shows: Python blocks run, commands exist with their options, generated pages are fresh.
+
+That shell blocks also do what they should is tests/integration/test_doc_commands.py.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Final
 
 import pytest
 import typer
+import yaml
 
 from gen_worker.cli import app
 from gen_worker.testing.mock_orchestrator import cli as mock_orchestrator
+from tests.support.doc_blocks import ROOT, having, name_of, of_language
 
-ROOT: Final = Path(__file__).parent.parent.parent
-PAGES: Final = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
-OTHERS: Final = frozenset({
-    "cd", "curl", "docker", "echo", "export", "git", "kill", "kubectl", "mkdir", "pip", "pytest", "ssh", "uv",
-})  # fmt: skip
+OTHERS: Final = frozenset({"cd", "curl", "echo", "export", "git", "jq", "kill", "mkdir", "pip", "pytest", "ssh", "uv"})
 """Programs that a block may call and that are not ours to check."""
-_BLOCK: Final = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+DOCKERFILE: Final = (ROOT / "Dockerfile").read_text("utf-8") + (ROOT / "examples/hello/Dockerfile").read_text("utf-8")
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    return [text for kind, text in _BLOCK.findall(path.read_text("utf-8")) if kind == language]
-
-
-def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
-def having(language: str) -> list[Path]:
-    return [path for path in PAGES if blocks(path, language)]
+    return [block.text for block in of_language(path, language)]
 
 
 @pytest.mark.parametrize("path", having("python"), ids=name_of)
@@ -47,6 +43,9 @@ def test_python_blocks_run_in_their_order(path: Path, tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for number, text in enumerate(blocks(path, "python"), 1):
         exec(compile(text, f"{path.name}, block {number}", "exec"), vars(module))
+    for name, test in list(vars(module).items()):
+        if name.startswith("test_"):
+            asyncio.run(test()) if inspect.iscoroutinefunction(test) else test()
 
 
 @pytest.mark.parametrize("path", having("sh"), ids=name_of)
@@ -86,7 +85,9 @@ def test_the_reader_of_shell_blocks(text: str, found: list[list[str]]) -> None:
 @pytest.mark.parametrize(
     "text",
     ["gen-worker nonsense", "gen-worker run f --nonsense", "make nonsense", "python -m gen_worker.nonsense", "nonsense",
-     "python -m gen_worker.testing.mock_orchestrator --nonsense"],
+     "python -m gen_worker.testing.mock_orchestrator --nonsense", "docker build --build-arg NONSENSE=1 .",
+     "docker build nonsense", "docker compose -f nonsense.yaml up", "kubectl apply -k nonsense",
+     "kubectl exec deploy/nonsense -- gen-worker doctor", "kubectl exec deploy/gen-worker -- gen-worker nonsense"],
 )  # fmt: skip
 def test_what_does_not_exist_is_noticed(text: str) -> None:
     with pytest.raises(AssertionError):
@@ -131,6 +132,10 @@ def check(words: list[str]) -> None:
     elif name == "make":
         targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
         assert {word for word in arguments if "=" not in word} <= targets, words
+    elif name == "docker":
+        _check_docker(arguments)
+    elif name == "kubectl":
+        _check_kubectl(arguments)
     elif name == "gen-worker-supervisor":
         assert set(arguments) <= {"--help", "--version"}, words
     else:
@@ -151,6 +156,29 @@ def _check_module(module: str, arguments: list[str]) -> None:
     assert find_spec(module) is not None, module
     if module == "gen_worker.testing.mock_orchestrator":
         _check_options(arguments, set(mock_orchestrator._parser()._option_string_actions))
+
+
+def _check_docker(arguments: list[str]) -> None:
+    """What is built is there, with the arguments that it takes."""
+    for option, value in pairwise(arguments):
+        if option == "--build-arg":
+            assert f"\nARG {value.partition('=')[0]}=" in DOCKERFILE, arguments
+        elif option == "-f":
+            assert (ROOT / value).is_file(), arguments
+    if arguments[0] == "build" and "studio" not in arguments:  # which `gen-worker init` has made
+        assert (ROOT / arguments[-1] / "Dockerfile").is_file(), arguments
+
+
+def _check_kubectl(arguments: list[str]) -> None:
+    """What is applied is there, and what is run in it exists."""
+    verb, *rest = arguments
+    if verb == "apply":
+        assert rest[0] == "-k", arguments
+        assert (ROOT / rest[1] / "kustomization.yaml").is_file(), arguments
+    elif verb == "exec":
+        (deployment,) = yaml.safe_load_all((ROOT / "deploy/kubernetes/deployment.yaml").read_text("utf-8"))
+        assert rest[:2] == [f"deploy/{deployment['metadata']['name']}", "--"], arguments
+        check(rest[2:])
 
 
 def _check_options(arguments: list[str], known: set[str]) -> None:

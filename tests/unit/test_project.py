@@ -95,7 +95,8 @@ def test_several_errors_are_all_told(tmp_path: Path) -> None:
 
 def test_no_pyproject(tmp_path: Path) -> None:
     result = validate_project(tmp_path)
-    assert result.errors == [f"no pyproject.toml in {tmp_path}"]
+    (error,) = result.errors
+    assert error.startswith(f"no pyproject.toml in {tmp_path}: name the project's folder, or begin one with")
     assert not result.ok
 
 

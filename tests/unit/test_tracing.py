@@ -109,6 +109,26 @@ async def test_a_run_and_what_it_waited_for(rig: Rig, tracing: Tracing, collecto
     assert before - 5e9 < run.start_time_unix_nano <= run.end_time_unix_nano < time.time_ns() + 5e9
 
 
+async def test_a_run_whose_id_is_a_uuid_is_in_the_trace_of_that_id(
+    rig: Rig, tracing: Tracing, collector: Collector
+) -> None:
+    plain, dashed, nil = "0af7651916cd43dd8448eb211c80319c", "11111111-2222-4333-8444-555555555555", "0" * 32
+    for run_id in (plain, dashed, nil, "r1"):
+        rig.submit(run_id, "g")
+        rig.executors[0].succeed(run_id)
+    await tracing.close()
+    by_run: dict[str, set[str]] = {}
+    for run in (span for span in collector.spans() if not span.parent_span_id):
+        (run_id,) = [each.value.string_value for each in run.attributes if each.key == "gen_worker.run_id"]
+        by_run[run_id] = {span.trace_id.hex() for span in collector.spans() if span.parent_span_id == run.span_id}
+        assert by_run[run_id] == {run.trace_id.hex()}
+    assert by_run[plain] == {plain}
+    assert by_run[dashed] == {dashed.replace("-", "")}
+    others = by_run[nil] | by_run["r1"]
+    assert len(others) == 2, "those have ids at random"
+    assert nil not in others
+
+
 async def test_runs_that_fail_or_never_start(rig: Rig, tracing: Tracing, collector: Collector) -> None:
     rig.submit("r1", "g")
     rig.executors[0].say(Result(rig.executors[0].key_of("r1"), failure=Failure("internal", "internal error", "secret")))
