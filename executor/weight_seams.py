@@ -126,7 +126,7 @@ class _Slice:
 
 def _exchange_safe_open(seam: _Seam, stack: contextlib.ExitStack) -> bool:
     modeling = importlib.import_module("transformers.modeling_utils")
-    original = getattr(modeling, "safe_open", None)
+    original: Any = getattr(modeling, "safe_open", None)
     if original is None:
         return False
 
@@ -145,8 +145,9 @@ def _exchange_safe_open(seam: _Seam, stack: contextlib.ExitStack) -> bool:
 
 def _exchange_load_state_dict(seam: _Seam, stack: contextlib.ExitStack) -> bool:
     places = [importlib.import_module(f"diffusers.models.{name}") for name in ("model_loading_utils", "modeling_utils")]
-    original = getattr(places[0], "load_state_dict", None)
-    if original is None or getattr(places[1], "load_state_dict", None) is not original:
+    found = {getattr(place, "load_state_dict", None) for place in places}
+    original: Any = found.pop()
+    if found or original is None:
         return False
 
     def load_state_dict(checkpoint_file: Any, *arguments: Any, **options: Any) -> Any:
