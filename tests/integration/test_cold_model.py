@@ -121,6 +121,9 @@ async def test_a_cold_model_comes_although_its_transfer_process_is_killed(worker
     await eventually(lambda: any(each.get("bytes", 0) > 0 for each in progress_of(waiting)), what="progress")
     (shown_run,) = (await status_of(worker)).runs
     assert (shown_run.state, shown_run.stage, bool(shown_run.progress)) == ("waiting_model", "download", True)
+    first = (await shown(worker))[0][ref("first")]
+    assert (first.state, first.total_bytes) == ("downloading", WEIGHTS + 2)
+    assert 0 < first.done_bytes < WEIGHTS
     assert not waiting.done
     transfers = next(child for child in worker.worker.descendants() if "supervisor.transfers" in child.cmdline())
     os.kill(transfers.pid, signal.SIGKILL)
@@ -132,6 +135,8 @@ async def test_a_cold_model_comes_although_its_transfer_process_is_killed(worker
     # A load that is over at once has no beginning that a waiting run could hear of.
     assert [each for each in stages if each != ("load", 0.0)][-2:] == [("download", 1.0), ("load", 1.0)], stages
     assert sorted(stage for stage, _ in stages) == [stage for stage, _ in stages], "download, then load"
+    downloaded = [each["progress"] for each in told if each["stage"] == "download"]
+    assert downloaded == sorted(downloaded), "though the process began anew"
     assert any(0 < each["bytes"] < each["total_bytes"] == WEIGHTS + 2 for each in told if "bytes" in each)
     again = [asked for asked in hub.requests("/store/") if weights_of(hub, asked) == "first" and asked.number > 1]
     assert again, "it was asked for again"
