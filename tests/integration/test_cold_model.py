@@ -20,6 +20,7 @@ import pytest_asyncio
 from gen_worker.testing.mock_orchestrator import RunHandle
 from supervisor.model_news import PROGRESS_GAP_S
 from supervisor.status import ModelStatus, Status
+from supervisor.transfers.store import Store
 from tests.support.dev_hub import DevHub
 from tests.support.faulty_server import Answer, Asked
 from tests.support.worker_process import WAIT_S, Chain, chain, eventually
@@ -199,6 +200,16 @@ async def test_commands_fetch_load_and_unload(worker: Chain, hub: DevHub) -> Non
     assert (unloaded.success, unloaded.error_message) == (True, "")
     await eventually(lambda: ref("first") in said(worker)[1])
     assert 'gen_worker_model_evictions_total{reason="command"} 1.0' in (await shown(worker))[1]
+
+
+async def test_what_another_worker_removes_from_the_shared_disk_is_told_at_once(worker: Chain, cache: Path) -> None:
+    store = Store(str(cache))
+    record = store.record(ref("first"))
+    assert record is not None
+    assert ref("first") in said(worker)[1]
+    assert store.remove_snapshot(record.snapshot) == (ref("first"),)
+    await eventually(lambda: ref("first") not in said(worker)[1])
+    assert ref("first") not in (await shown(worker))[0]
 
 
 async def test_what_the_deployment_names_is_fetched_before_it_is_asked_for(worker: Chain, hub: DevHub) -> None:
