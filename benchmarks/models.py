@@ -8,6 +8,7 @@ Then, in turns, each as the median of the rounds:
 - bus: one page-locked buffer of that size to the device: what nothing can beat
 - load_file: safetensors.torch.load_file of every shard, straight to the device
 - reader: every shard by the worker's own reader, several threads through page-locked buffers
+- filled: the half of that before the device: the buffers are filled from the page cache, and nothing is copied on
 - library: the model by from_pretrained, as the library alone does it
 - from disk: the same by the worker, as an executor loads it: from_pretrained over the reader
 - to host: its eviction to a page-locked copy
@@ -79,10 +80,11 @@ class Clock:
 
 
 class HostStream:
-    """A CopyStream that copies in host memory, at once."""
+    """A CopyStream that copies in host memory, at once; or nothing, and so shows how fast its buffers are filled."""
 
-    def __init__(self, torch: Any) -> None:
+    def __init__(self, torch: Any, *, copies: bool = True) -> None:
         self._torch = torch
+        self._copies = copies
 
     def buffer(self, size: int) -> Any:
         return self._torch.empty(size, dtype=self._torch.uint8)
@@ -91,7 +93,8 @@ class HostStream:
         pass
 
     def copy(self, target: Any, source: Any) -> None:
-        target.copy_(source)
+        if self._copies:
+            target.copy_(source)
 
     def mark(self) -> Callable[[], None]:
         return lambda: None
@@ -121,6 +124,7 @@ def measure(root: Path, size: int, device: str, rounds: int, torch: Any, transfo
         if not on_gpu:
             clock.time("mapped", partial(by_load_file, shards, device, copied=False))
             clock.time("buffers", partial(read_all, shards, device, partial(HostStream, torch)))
+        clock.time("filled", partial(read_all, shards, "cpu", partial(HostStream, torch, copies=False)))
         clock.time("reader", partial(read_all, shards, device))
         given = arguments(transformers.LlamaModel, root, device)
         clock.time("library", partial(transformers.LlamaModel.from_pretrained, str(root), **given))

@@ -76,11 +76,12 @@ class CudaStream:
         self._stream = self._torch.cuda.Stream(device)
 
     def buffer(self, size: int) -> Any:
+        plain = {"dtype": self._torch.uint8, "device": "cpu"}  # tenants may have set another default
         try:
-            return self._torch.empty(size, dtype=self._torch.uint8, pin_memory=True)
+            return self._torch.empty(size, **plain, pin_memory=True)
         except RuntimeError as error:
             log.warning("host memory can't be page-locked, so models load slower: %s", error)
-            return self._torch.empty(size, dtype=self._torch.uint8)
+            return self._torch.empty(size, **plain)
 
     def begin(self) -> None:
         self._stream.wait_stream(self._torch.cuda.current_stream(self._device))
