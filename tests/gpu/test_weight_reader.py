@@ -1,6 +1,6 @@
 """Weights from disk to a real GPU: what comes through the buffers is what the libraries read.
 
-`make gpu-test` runs these. CUDA runs in this process, unlike in test_vram.py, which comes before and measures what workers take.
+`make gpu-test` runs these. CUDA runs in this process; test_vram.py, which measures what workers take, comes before.
 """
 
 from __future__ import annotations
