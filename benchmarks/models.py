@@ -7,11 +7,16 @@ Then, in turns, each as the median of the rounds:
 
 - bus: one page-locked buffer of that size to the device: what nothing can beat
 - load_file: safetensors.torch.load_file of every shard, straight to the device
-- from disk: the same model by the worker's loader (from_pretrained), as an executor loads it
+- reader: every shard by the worker's own reader, several threads through page-locked buffers
+- filled: the half of that before the device: the buffers are filled from the page cache, and nothing is copied on
+- library: the model by from_pretrained, as the library alone does it
+- from disk: the same by the worker, as an executor loads it: from_pretrained over the reader
 - to host: its eviction to a page-locked copy
 - from host: its return
 
-The goal is from host >= 0.7 of the bus. `--device cpu` runs the same code, and its figures mean nothing for a GPU.
+The goals are from host >= 0.7 of the bus, and reader and from disk >= 2 x load_file. `--device cpu` runs the same code,
+and its figures mean nothing for a GPU. There load_file only maps the file, so each tensor is copied, too; `mapped` is
+without that. `reader` reads into the tensors, `buffers` takes the way of a GPU: into buffers, and from there.
 """
 
 from __future__ import annotations
@@ -30,6 +35,8 @@ from typing import Any
 
 from executor import host_copies
 from executor.loaders import load_object
+from executor.pretrained import arguments
+from executor.weight_reader import CopyStream, WeightReader
 from gen_worker.injection import ModelArtifacts
 from gen_worker.weights import weight_bytes
 
@@ -72,8 +79,40 @@ class Clock:
             self._torch.cuda.synchronize(self._device)
 
 
-def measure(root: Path, size: int, device: str, rounds: int, torch: Any, transformers: Any) -> Clock:
+class HostStream:
+    """A CopyStream that copies in host memory, at once; or nothing, and so shows how fast its buffers are filled."""
+
+    def __init__(self, torch: Any, *, copies: bool = True) -> None:
+        self._torch = torch
+        self._copies = copies
+
+    def buffer(self, size: int) -> Any:
+        return self._torch.empty(size, dtype=self._torch.uint8)
+
+    def begin(self) -> None:
+        pass
+
+    def copy(self, target: Any, source: Any) -> None:
+        if self._copies:
+            target.copy_(source)
+
+    def mark(self) -> Callable[[], None]:
+        return lambda: None
+
+
+def read_all(shards: list[Path], device: str, stream: Callable[[], CopyStream] | None = None) -> list[dict[str, Any]]:
+    with WeightReader(device, stream=stream) as reader:
+        files = [reader.open(shard) for shard in shards]
+        return [reader.load_all(file, list(file.tensors)) for file in files]
+
+
+def by_load_file(shards: list[Path], device: str, *, copied: bool) -> list[dict[str, Any]]:
     load_file = importlib.import_module("safetensors.torch").load_file
+    loaded = [load_file(shard, device=device) for shard in shards]
+    return [{name: tensor.clone() for name, tensor in each.items()} for each in loaded] if copied else loaded
+
+
+def measure(root: Path, size: int, device: str, rounds: int, torch: Any, transformers: Any) -> Clock:
     clock, artifacts = Clock(device, torch), ModelArtifacts("benchmark", root)
     shards = sorted(root.glob("*.safetensors"))
     on_gpu = device.startswith("cuda")
@@ -81,7 +120,14 @@ def measure(root: Path, size: int, device: str, rounds: int, torch: Any, transfo
         source = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
         clock.time("bus", partial(source.to, device, non_blocking=True, copy=True))
         del source
-        clock.time("load_file", lambda: [load_file(shard, device=device) for shard in shards])
+        clock.time("load_file", partial(by_load_file, shards, device, copied=not on_gpu))
+        if not on_gpu:
+            clock.time("mapped", partial(by_load_file, shards, device, copied=False))
+            clock.time("buffers", partial(read_all, shards, device, partial(HostStream, torch)))
+        clock.time("filled", partial(read_all, shards, "cpu", partial(HostStream, torch, copies=False)))
+        clock.time("reader", partial(read_all, shards, device))
+        given = arguments(transformers.LlamaModel, root, device)
+        clock.time("library", partial(transformers.LlamaModel.from_pretrained, str(root), **given))
         model = clock.time("from disk", partial(load_object, transformers.LlamaModel, artifacts, device))
         copy = clock.time("to host", partial(host_copies.to_host, model, device))
         clock.time("from host", partial(host_copies.to_device, copy, device))

@@ -1,16 +1,18 @@
 """From a model's local files to the object that is injected.
 
 Owns: the order of ways (the files themselves, a registered loader, from_pretrained) and the check of what came out.
-pretrained.py knows what each library's from_pretrained takes.
+pretrained.py knows what each library's from_pretrained takes, weight_seams.py how it reads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
 
 from executor.pretrained import arguments, is_factory
+from executor.weight_seams import reading_straight
 from gen_worker.context import ActionContext
 from gen_worker.errors import FatalError, WorkerError
 from gen_worker.injection import ModelArtifacts, find_runtime_loader, qualified_name
@@ -52,7 +54,12 @@ def load_object(type_: type, artifacts: ModelArtifacts, device: str) -> object:
 
 
 def _from_pretrained(type_: Any, root: Path, device: str) -> Any:
-    loaded = type_.from_pretrained(str(root), **arguments(type_, root, device))
+    found = arguments(type_, root, device)
+    dtype = found.get("dtype", found.get("torch_dtype"))
+    with contextlib.ExitStack() as stack:
+        if "device_map" in found:  # else the library puts the weights on the CPU, and they are moved below
+            stack.enter_context(reading_straight(root, device, dtype))
+        loaded = type_.from_pretrained(str(root), **found)
     if callable(getattr(loaded, "to", None)):
         moved = loaded.to(device)  # nothing is left to move where the library has put it there itself
         loaded = loaded if moved is None else moved

@@ -8,10 +8,12 @@ executor what to load, the supervisor how much room that takes.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -32,13 +34,30 @@ _OTHER_WEIGHTS: Final = frozenset(
 """Counted where a folder has no safetensors, which every library prefers."""
 
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class WeightsError(ValueError):
     """A weights file that is not what its name says."""
 
 
 class _Tensor(msgspec.Struct):
     dtype: str
-    data_offsets: tuple[int, int]
+    shape: tuple[Count, ...]
+    data_offsets: tuple[Count, Count]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies in its file."""
+
+    dtype: str
+    """As safetensors names it."""
+    shape: tuple[int, ...]
+    start: int
+    """Its first byte, counted from the file's."""
+    size: int
+    """Bytes."""
 
 
 _HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -82,6 +101,30 @@ def weight_bytes(root: Path) -> int:
     )
 
 
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """What a safetensors file holds, by its header. Raises OSError, and WeightsError for one that is not whole."""
+    try:
+        with path.open("rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(HEADER_CAP_BYTES, file_bytes):
+                raise WeightsError(f"{path} is not a safetensors file: its header says it has {length} bytes")
+            header = _HEADER.decode(file.read(length))
+        found = {name: _TENSOR.decode(raw) for name, raw in header.items() if name != "__metadata__"}
+    except msgspec.DecodeError as error:
+        raise WeightsError(f"{path} is not a safetensors file: {error}") from error
+    first, tensors = 8 + length, {}
+    for name, tensor in found.items():
+        start, end = tensor.data_offsets
+        if end < start:
+            raise WeightsError(f"{path} is not a safetensors file: {name!r} ends before it starts")
+        tensors[name] = StoredTensor(tensor.dtype, tensor.shape, first + start, end - start)
+    told = max((tensor.start + tensor.size for tensor in tensors.values()), default=first)
+    if told != file_bytes:
+        raise WeightsError(f"{path} is not whole: by its header it has {told} bytes, on disk are {file_bytes}")
+    return tensors
+
+
 def _variant_of(folders: dict[Path, list[Path]]) -> str | None:
     variants: Counter[str] = Counter()
     for files in folders.values():
@@ -110,16 +153,6 @@ def _files(root: Path, cap: int | None = None) -> list[Path]:
 
 def _bytes_by_dtype(path: Path) -> Counter[str]:
     sizes: Counter[str] = Counter()
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > HEADER_CAP_BYTES:
-                raise WeightsError(f"{path} is not a safetensors file: its header says it has {length} bytes")
-            header = _HEADER.decode(file.read(length))
-        for name, raw in header.items():
-            if name != "__metadata__":
-                tensor = _TENSOR.decode(raw)
-                sizes[tensor.dtype] += tensor.data_offsets[1] - tensor.data_offsets[0]
-    except msgspec.DecodeError as error:
-        raise WeightsError(f"{path} is not a safetensors file: {error}") from error
+    for tensor in stored_tensors(path).values():
+        sizes[tensor.dtype] += tensor.size
     return sizes

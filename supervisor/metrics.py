@@ -34,7 +34,7 @@ LAG_SECONDS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5
 
 _STATES: Final = ("queued", "waiting_model", "running", "canceling")
 _EXECUTOR_STATES: Final = ("starting", "ready", "draining", "replaced", "given_up")
-_MODEL_STATES: Final = ("hot", "loading", "unloading", "disk")
+_MODEL_STATES: Final = ("hot", "loading", "unloading", "disk", "downloading")
 
 Sample = tuple[tuple[str, ...], float]
 

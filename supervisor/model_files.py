@@ -8,6 +8,7 @@ Owns: which model ids are whole on disk, which are being fetched, and the locks 
    one that somebody does.
 4. A model that is held has its lock file locked shared by this process: whichever worker makes room, and whatever
    becomes of the transfer process, its files stay until this supervisor lets go or dies.
+5. What others do to the files, as workers that share the cache directory do, is noticed (disk_watch.py).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from gen_worker.model_refs import ParsedModelRef, canonical_name, parse_model_re
 from gen_worker.pipe.messages import Failure
 from gen_worker.weights import WeightsError, weight_bytes
 from supervisor.config_parse import LocalModel as Artifact
-from supervisor.model_source import LocalModel, SourceEvents
+from supervisor.disk_watch import DiskWatch
+from supervisor.model_source import FetchProgress, LocalModel, SourceEvents
 from supervisor.observer import Observer
 from supervisor.transfer_process import TransferError, TransferProcess
 from supervisor.transfers.messages import FetchModel, ListModels, ModelFiles, ModelList
@@ -60,11 +62,18 @@ class HostModels:
         self._lock_fds: dict[str, dict[str, int]] = {}
         """Held model -> lock file -> descriptor; two where its tag came to stand for something newer meanwhile."""
         self._fetching: dict[str, asyncio.Task[None]] = {}
+        self._progress: dict[str, FetchProgress] = {}
+        """Of those being fetched."""
         self._wanted: set[str] = set()
         """Those being fetched that somebody waits for."""
         self._to_prefetch: deque[str] = deque()
         self._prefetching: set[str] = set()
         self._listing: asyncio.Task[None] | None = None
+        self._list_again = False
+        self._draining = False
+        self._watch = DiskWatch(
+            lambda: frozenset(self.on_disk()), models_changed=self._disk_changed, records_changed=self._list_soon
+        )
         self.events: SourceEvents | None = None
         """Who is told what became of fetches, and of what changed on disk."""
         for model_id, artifact in self._artifacts.items():
@@ -72,12 +81,20 @@ class HostModels:
 
     def start(self, cache_dir: Path) -> None:
         """Find out what is on disk from earlier; where nothing was ever downloaded no process is needed for that."""
-        if any(any((cache_dir / records).glob("*.json")) for records in RECORDS):
-            self._listing = asyncio.get_running_loop().create_task(self._list())
+        directories = [cache_dir / records for records in RECORDS]
+        self._watch.start(directories)
+        if any(any(directory.glob("*.json")) for directory in directories):
+            self._list_soon()
+
+    def drain(self) -> None:
+        """Begin nothing more that nobody waits for."""
+        self._draining = True
+        self._to_prefetch.clear()
 
     async def stop(self) -> None:
         """Stop what is being fetched, and let go of all files."""
-        self._to_prefetch.clear()
+        self.drain()
+        await self._watch.stop()
         tasks = [*self._fetching.values(), *([] if self._listing is None else [self._listing])]
         for task in tasks:
             task.cancel()
@@ -118,7 +135,11 @@ class HostModels:
         roots = {model_id: found.root_dir for model_id, found in self._local.items()}
         roots |= {model_id: artifact.root_dir for model_id, artifact in self._artifacts.items()}
         # Looked at anew: another worker may have removed one to make room, and a mount comes and goes.
-        return {model_id for model_id, root_dir in roots.items() if Path(root_dir).is_dir()}
+        return {model_id for model_id, root_dir in roots.items() if _is_there(root_dir)}
+
+    def fetching(self) -> Mapping[str, FetchProgress]:
+        """Those on their way, whether anybody waits for them or not."""
+        return self._progress
 
     def hold(self, model_id: str) -> None:
         """Its files are in use and are not removed until as many `release` calls followed."""
@@ -143,6 +164,8 @@ class HostModels:
         A tag that is on disk is looked up again at the hub: it may stand for something newer by now. What is no ref, or
         a local artifact, is passed over; a failure is only logged, since nobody waits.
         """
+        if self._draining:
+            return
         names = dict.fromkeys(map(canonical_name, model_ids))
         self._to_prefetch = deque(filter(self._may_prefetch, names))
         self._prefetch_more()
@@ -167,6 +190,7 @@ class HostModels:
             return False
         task = asyncio.get_running_loop().create_task(self._fetch_one(model_id))
         self._fetching[model_id] = task
+        self._progress[model_id] = FetchProgress()
         return True
 
     async def _fetch_one(self, model_id: str) -> None:
@@ -175,8 +199,9 @@ class HostModels:
         def progress(done_bytes: int, total_bytes: int, bytes_per_s: float) -> None:
             nonlocal first, last
             first, last = done_bytes if first < 0 else first, done_bytes
+            told = self._progress[model_id] = self._progress[model_id].then(done_bytes, total_bytes)
             if self.events is not None:
-                self.events.fetch_progress(model_id, done_bytes, total_bytes, bytes_per_s)
+                self.events.fetch_progress(model_id, told.done_bytes, told.total_bytes, bytes_per_s)
 
         failure: Failure | None = None
         try:
@@ -187,6 +212,7 @@ class HostModels:
             failure = error.failure
         finally:
             self._fetching.pop(model_id, None)
+            self._progress.pop(model_id, None)
             self._prefetching.discard(model_id)
         if first >= 0 or failure is not None:  # else it was here already
             self._observer.download_ended(model_id, last - max(0, first), time.monotonic() - started, failure)
@@ -205,7 +231,7 @@ class HostModels:
         try:
             if self.events is not None:
                 self.events.model_fetched(model_id)
-                self.events.disk_changed()
+            self._disk_changed()
         finally:
             self.release(model_id)
 
@@ -224,18 +250,34 @@ class HostModels:
         )
         self._locks[found.ref] = found.lock_file
 
+    def _list_soon(self) -> None:
+        """What the records say has changed, by us or by another worker: look at them."""
+        if self._listing is None or self._listing.done():
+            self._listing = asyncio.get_running_loop().create_task(self._list())
+        else:
+            self._list_again = True
+
     async def _list(self) -> None:
         try:
             listed = await self._transfers.call(ListModels(), ModelList)
         except TransferError as error:
             log.error("what models are on disk is not known: %s", error)
             return
-        for model in listed.models:
-            if model.ref not in self._artifacts and model.ref not in self._fetching:
-                self._know(model)
-        log.info("%d downloaded models are on disk", len(listed.models))
-        if listed.models and self.events is not None:
-            self.events.disk_changed()
+        fresh = [model for model in listed.models if self._is_news(model)]
+        for model in fresh:
+            self._know(model)
+        if fresh:
+            log.info("%d downloaded models are on disk, %d of them were not known", len(listed.models), len(fresh))
+            self._disk_changed()
+        if self._list_again:
+            self._list_again = False
+            self._listing = asyncio.get_running_loop().create_task(self._list())
+
+    def _is_news(self, model: ModelFiles) -> bool:
+        if model.ref in self._artifacts or model.ref in self._fetching:
+            return False
+        known = self._local.get(model.ref)
+        return known is None or known.root_dir != model.root_dir
 
     def models_removed(self, refs: Iterable[str]) -> None:
         """The transfer process took these from disk to make room."""
@@ -246,6 +288,10 @@ class HostModels:
     def _lost(self, model_id: str) -> None:
         self._local.pop(model_id, None)
         self._locks.pop(model_id, None)
+        self._disk_changed()
+
+    def _disk_changed(self) -> None:
+        self._watch.knows()
         if self.events is not None:
             self.events.disk_changed()
 
@@ -293,6 +339,14 @@ class HostModels:
         where = f"there is no directory {self._artifacts[model_id].root_dir}"
         detail = f"model {model_id} of WORKER_MODEL_ARTIFACTS_JSON can't be loaded: {where}"
         self.events.fetch_failed(model_id, Failure("fatal", "model can't be loaded: its files are missing", detail))
+
+
+def _is_there(root_dir: str) -> bool:
+    """False also for what can't be looked at: it could not be loaded either."""
+    try:
+        return Path(root_dir).is_dir()
+    except OSError:
+        return False
 
 
 def _counted(model_id: str, root: Path) -> int:

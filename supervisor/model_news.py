@@ -17,6 +17,7 @@ from gen_worker.pipe.messages import Failure, ModelLoaded, ModelUnloaded
 from supervisor.executor_handle import ExecutorHandle
 from supervisor.lanes import Lanes
 from supervisor.model_commands import ModelCommands
+from supervisor.model_source import FetchProgress
 from supervisor.observer import Observer
 from supervisor.outbox import Outbox
 from supervisor.residence import ModelKey, Outcome, Residence
@@ -136,7 +137,7 @@ class ModelNews:
         self._moved()
 
     def fetch_progress(self, model_id: str, done_bytes: int, total_bytes: int, bytes_per_s: float) -> None:
-        fraction = min(1.0, done_bytes / total_bytes) if total_bytes else 0.0
+        fraction = FetchProgress(done_bytes, total_bytes).share
         self._residency.downloads.update_download_progress(model_id, fraction)
         now = self._clock()
         if now - self._told.get(model_id, float("-inf")) < PROGRESS_GAP_S:

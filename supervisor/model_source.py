@@ -25,6 +25,25 @@ class LocalModel:
     """Bytes of its weight files: the first estimate of what it takes on a device; 0 when it has none."""
 
 
+@dataclass(frozen=True, slots=True)
+class FetchProgress:
+    """How far a fetch is."""
+
+    done_bytes: int = 0
+    total_bytes: int = 0
+    """0: not known yet."""
+
+    @property
+    def share(self) -> float:
+        """0 to 1."""
+        return min(1.0, self.done_bytes / self.total_bytes) if self.total_bytes else 0.0
+
+    def then(self, done_bytes: int, total_bytes: int) -> FetchProgress:
+        """What is told next. A fetch that had to begin again (its process died) goes on when it is as far as it was."""
+        now = FetchProgress(done_bytes, total_bytes)
+        return now if (now.share, now.done_bytes) >= (self.share, self.done_bytes) else self
+
+
 class ModelSource(Protocol):
     """Model ids are canonical refs, or any name of a local artifact."""
 
@@ -42,6 +61,9 @@ class ModelSource(Protocol):
 
     def on_disk(self) -> Collection[str]:
         """The ids of all that is whole on disk."""
+
+    def fetching(self) -> Mapping[str, FetchProgress]:
+        """Those on their way, and how far they are."""
 
     def hold(self, model_id: str) -> None:
         """Its files are in use and are not removed until as many `release` calls followed."""

@@ -6,7 +6,7 @@ decides nothing about runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from gen_worker.model_cache import GB, ModelCache
@@ -17,7 +17,7 @@ from supervisor.executor_handle import ExecutorHandle
 from supervisor.executor_models import ExecutorModels
 from supervisor.model_names import ModelNames, Models
 from supervisor.model_sizes import ModelSizes
-from supervisor.model_source import ModelSource
+from supervisor.model_source import FetchProgress, ModelSource
 from supervisor.residence import ModelKey, ModelMoves, Outcome, Residence, Room
 
 
@@ -138,6 +138,10 @@ class Residency:
     def disk_models(self) -> list[str]:
         """What is whole on disk and not hot, sorted."""
         return sorted(set(self._source.on_disk()) - set(self.hot_models()))
+
+    def fetching(self) -> Mapping[str, FetchProgress]:
+        """What is on its way to the disk, for a run, a command or ahead of them."""
+        return self._source.fetching()
 
     def refusal(self, keys: Sequence[ModelKey]) -> Failure | None:
         """Why no executor will have room for `keys`, whatever ends or leaves; None: one may.

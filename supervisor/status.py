@@ -78,10 +78,14 @@ class GpuStatus(msgspec.Struct, frozen=True, kw_only=True):
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     state: str
-    """`hot`, `loading`, `unloading` or `disk` (whole on disk, and in no executor)."""
+    """`hot`, `loading`, `unloading`, `disk` (whole on disk, in no executor) or `downloading` (not whole on disk)."""
     executors: list[str]
     device_bytes: int
     """Over all executors that have it."""
+    done_bytes: int = 0
+    """Of a download."""
+    total_bytes: int = 0
+    """Of a download; 0 while that is not known."""
 
 
 class RunStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final, Protocol
@@ -21,6 +21,7 @@ from gen_worker._version import __version__
 from supervisor.devices import Device, DeviceError, DeviceMemory, DeviceProbe
 from supervisor.dispatcher import Dispatcher
 from supervisor.executor_handle import ExecutorHandle
+from supervisor.model_source import FetchProgress
 from supervisor.pool import SlotView
 from supervisor.residency import HeldModel
 from supervisor.runs import Run
@@ -71,6 +72,7 @@ class Ledger(Protocol):
 
     def held(self) -> Iterable[HeldModel]: ...
     def disk_models(self) -> Sequence[str]: ...
+    def fetching(self) -> Mapping[str, FetchProgress]: ...
     def model_bytes(self, handle: ExecutorHandle, model_id: str) -> int: ...
     def bytes_on(self, device: Device) -> int: ...
     def reserved_on(self, device: Device) -> int: ...
@@ -201,6 +203,19 @@ class StatusSource:
             ModelStatus(id=model_id, state="disk", executors=[], device_bytes=0)
             for model_id in self.ledger.disk_models()
             if model_id not in held
+        ]
+        here = {model.id for model in models}
+        models += [
+            ModelStatus(
+                id=model_id,
+                state="downloading",
+                executors=[],
+                device_bytes=0,
+                done_bytes=progress.done_bytes,
+                total_bytes=progress.total_bytes,
+            )
+            for model_id, progress in self.ledger.fetching().items()
+            if model_id not in here
         ]
         return sorted(models, key=lambda model: model.id)
 

@@ -220,6 +220,7 @@ class Worker:
         self._renewal.stop()
         # New runs are refused from here on, so what is active can only become less.
         self._dispatcher.drain()
+        self._model_files.drain()
         await self._unless_forced(self._dispatcher.wait_idle(self._settings.drain_timeout_seconds))
         # Handlers of realtime sessions are told that theirs is over, and get a moment to end.
         self._dispatcher.sockets.close_all("the worker shuts down")

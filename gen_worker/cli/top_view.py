@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from supervisor.status import GpuStatus, RunStatus, Status
+    from supervisor.status import GpuStatus, ModelStatus, RunStatus, Status
 
 MAX_RUNS: Final = 20
 MAX_MODELS: Final = 20
@@ -25,8 +25,8 @@ _GIB: Final = 2**30
 _MIB: Final = 2**20
 _COLOURS: Final = {
     "ready": "green", "hot": "green", "running": "green", "starting": "yellow", "loading": "yellow",
-    "waiting_model": "yellow", "draining": "yellow", "replaced": "yellow", "unloading": "yellow",
-    "canceling": "yellow", "given_up": "red",
+    "downloading": "yellow", "waiting_model": "yellow", "draining": "yellow", "replaced": "yellow",
+    "unloading": "yellow", "canceling": "yellow", "given_up": "red",
 }  # fmt: skip
 
 
@@ -103,12 +103,18 @@ def _memory(gpu: GpuStatus) -> tuple[ProgressBar | str, str]:
 
 
 def _models(status: Status) -> Table:
-    table = _table("models", "id", "state", "executors", "on devices")
+    table = _table("models", "id", "state", "executors", "on devices", "downloaded")
     for model in status.models[:MAX_MODELS]:
         where = ", ".join(model.executors) or "-"
-        table.add_row(plain(model.id), _state(model.state), where, _size(model.device_bytes))
+        table.add_row(plain(model.id), _state(model.state), where, _size(model.device_bytes), _downloaded(model))
     _say_more(table, len(status.models), MAX_MODELS)
     return table
+
+
+def _downloaded(model: ModelStatus) -> str:
+    if model.state != "downloading":
+        return "-"
+    return f"{_size(model.done_bytes)} of {_size(model.total_bytes) if model.total_bytes else '?'}"
 
 
 def _runs(status: Status) -> Table:

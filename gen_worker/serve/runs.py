@@ -52,6 +52,8 @@ class RunRecord:
     seconds: float | None = None
     progress: float | None = None
     stage: str = ""
+    fetches: str = ""
+    """The model that is downloaded for it, while it waits for that."""
     deltas: int = 0
     error: dict[str, Any] | None = None
     output: Any = None
@@ -102,6 +104,8 @@ class Call:
         if event.type == "job.progress" and isinstance(event.payload, dict):
             self.record.progress = float(event.payload.get("progress", 0))
             self.record.stage = str(event.payload.get("stage") or "")
+            is_fetched = self.record.stage == "download" and self.record.progress < 1
+            self.record.fetches = str(event.payload.get("model") or "") if is_fetched else ""
             self._runs.changes.tell()
         elif event.type == "output.delta":
             self.record.deltas += 1

@@ -149,7 +149,13 @@ class DevState:
             return {"resources": None, "models": []}
         models = [{"id": model, "where": "VRAM"} for model in resources.vram_models]
         models += [{"id": model, "where": "disk"} for model in resources.disk_models]
+        models += [{"id": model, "where": where} for model, where in self._downloads().items()]
         return {"resources": {name: getattr(resources, name) for name in _RESOURCES}, "models": models}
+
+    def _downloads(self) -> dict[str, str]:
+        """What runs hear of models that they wait for."""
+        waiting = (record for record in self.runs.recent if record.state == "running" and record.fetches)
+        return {record.fetches: f"downloading, {record.progress or 0:.0%}" for record in waiting}
 
 
 def _summary(record: RunRecord) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import pytest_asyncio
 from gen_worker.testing.mock_orchestrator import RunHandle
 from supervisor.model_news import PROGRESS_GAP_S
 from supervisor.status import ModelStatus, Status
+from supervisor.transfers.store import Store
 from tests.support.dev_hub import DevHub
 from tests.support.faulty_server import Answer, Asked
 from tests.support.worker_process import WAIT_S, Chain, chain, eventually
@@ -121,6 +122,9 @@ async def test_a_cold_model_comes_although_its_transfer_process_is_killed(worker
     await eventually(lambda: any(each.get("bytes", 0) > 0 for each in progress_of(waiting)), what="progress")
     (shown_run,) = (await status_of(worker)).runs
     assert (shown_run.state, shown_run.stage, bool(shown_run.progress)) == ("waiting_model", "download", True)
+    first = (await shown(worker))[0][ref("first")]
+    assert (first.state, first.total_bytes) == ("downloading", WEIGHTS + 2)
+    assert 0 < first.done_bytes < WEIGHTS
     assert not waiting.done
     transfers = next(child for child in worker.worker.descendants() if "supervisor.transfers" in child.cmdline())
     os.kill(transfers.pid, signal.SIGKILL)
@@ -132,6 +136,8 @@ async def test_a_cold_model_comes_although_its_transfer_process_is_killed(worker
     # A load that is over at once has no beginning that a waiting run could hear of.
     assert [each for each in stages if each != ("load", 0.0)][-2:] == [("download", 1.0), ("load", 1.0)], stages
     assert sorted(stage for stage, _ in stages) == [stage for stage, _ in stages], "download, then load"
+    downloaded = [each["progress"] for each in told if each["stage"] == "download"]
+    assert downloaded == sorted(downloaded), "though the process began anew"
     assert any(0 < each["bytes"] < each["total_bytes"] == WEIGHTS + 2 for each in told if "bytes" in each)
     again = [asked for asked in hub.requests("/store/") if weights_of(hub, asked) == "first" and asked.number > 1]
     assert again, "it was asked for again"
@@ -194,6 +200,16 @@ async def test_commands_fetch_load_and_unload(worker: Chain, hub: DevHub) -> Non
     assert (unloaded.success, unloaded.error_message) == (True, "")
     await eventually(lambda: ref("first") in said(worker)[1])
     assert 'gen_worker_model_evictions_total{reason="command"} 1.0' in (await shown(worker))[1]
+
+
+async def test_what_another_worker_removes_from_the_shared_disk_is_told_at_once(worker: Chain, cache: Path) -> None:
+    store = Store(str(cache))
+    record = store.record(ref("first"))
+    assert record is not None
+    assert ref("first") in said(worker)[1]
+    assert store.remove_snapshot(record.snapshot) == (ref("first"),)
+    await eventually(lambda: ref("first") not in said(worker)[1])
+    assert ref("first") not in (await shown(worker))[0]
 
 
 async def test_what_the_deployment_names_is_fetched_before_it_is_asked_for(worker: Chain, hub: DevHub) -> None:

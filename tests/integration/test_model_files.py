@@ -162,13 +162,19 @@ async def test_fetched_found_again_held_and_removed(hub: DevHub, tmp_path: Path)
         assert set(our.source.on_disk()) == {B, C}
         our.source.release(C)
 
-        # The other did not hear of it, and sees it when it looks.
-        assert A not in other.source.on_disk()
+        # The other is told of what came and went by our doing.
+        await until(lambda: set(other.source.on_disk()) == {B, C}, WAIT_S)
+        told = other.events.changes
         assert other.source.local(A) is None
+        await our.fetch(A)
+        await until(lambda: other.events.changes > told, WAIT_S)
+        await until(lambda: A in other.source.on_disk() and C not in other.source.on_disk(), WAIT_S)
+        await our.fetch(C)
+        await until(lambda: set(other.source.on_disk()) == {A, C}, WAIT_S)
     async with host(tmp_path, hub) as later:
-        await until(lambda: set(later.source.on_disk()) == {B, C}, WAIT_S)
+        await until(lambda: set(later.source.on_disk()) == {A, C}, WAIT_S)
         assert later.events.changes == 1
-        assert later.source.local(B) is not None
+        assert later.source.local(A) is not None
 
 
 async def test_failures_and_those_that_nobody_waits_for(
@@ -213,6 +219,25 @@ async def test_a_prefetched_tag_that_has_moved_is_fetched_anew(hub: DevHub, tmp_
         assert len(our.models._lock_fds[A]) == 2, "what is loaded keeps its files"
         our.source.release(A)
         assert our.models._lock_fds == {}
+
+
+async def test_nothing_is_begun_that_nobody_waits_for_once_the_worker_drains(
+    hub: DevHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.on_request = lambda asked: Answer(hang=True) if "org/a" in asked.path else None
+    async with host(tmp_path, hub) as our:
+        our.models.prefetch([A, B])
+        await until(lambda: bool(hub.requests("org/a")), WAIT_S)
+        assert our.source.fetching().keys() == {A}
+        our.models.drain()
+        our.models.prefetch([B, C])
+        await our.fetch(C)  # a run waits for this one
+        assert our.source.fetching().keys() == {A}
+        await our.models.stop()
+        our.models.prefetch([B])
+        assert our.source.fetching() == {}
+        assert not hub.requests("org/b")
+    assert "ERROR" not in caplog.text
 
 
 FUNCTIONS = """

@@ -36,7 +36,7 @@ from supervisor.dispatcher import Dispatcher, FileService, Limits
 from supervisor.executor_handle import ExecutorHandle, HandleState
 from supervisor.model_names import ModelNames
 from supervisor.model_sizes import ModelSizes
-from supervisor.model_source import LocalModel
+from supervisor.model_source import FetchProgress, LocalModel
 from supervisor.observer import Observer
 from supervisor.residency import Residency
 from supervisor.transfers.messages import ReplyT, RequestBody
@@ -53,6 +53,7 @@ class Shelf:
     prefetched: list[str] = field(default_factory=list)
     """What the last prefetch named."""
     holds: Counter[str] = field(default_factory=Counter)
+    under_way: dict[str, FetchProgress] = field(default_factory=dict)
 
     def knows(self, model_id: str) -> bool:
         return model_id in self.models
@@ -70,6 +71,9 @@ class Shelf:
 
     def on_disk(self) -> Collection[str]:
         return self.models.keys() - self.cold
+
+    def fetching(self) -> Mapping[str, FetchProgress]:
+        return self.under_way
 
     def hold(self, model_id: str) -> None:
         self.holds[model_id] += 1

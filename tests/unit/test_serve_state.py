@@ -1,63 +1,51 @@
-"""What the development server says is wrong, from the lines of its worker's log."""
+"""What the page of `gen-worker serve` is told of models that are on their way."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
-
-import pytest
+from typing import Any
 
 from gen_worker.serve.local_worker import LocalOptions, LocalWorker
-from gen_worker.serve.state import RENEWED, DevState, Phase
-from gen_worker.serve.worker_log import LogLine
+from gen_worker.serve.state import DevState
+from gen_worker.wire import worker_scheduler_pb2 as pb
+from tests.support.rig import until
+from tests.unit.test_mock_orchestrator import FakeWorker
+
+WAIT_S = 20.0
+A, B = "cozy:org/a:latest", "cozy:org/b:latest"
 
 
-@pytest.fixture
-def state(tmp_path: Path) -> DevState:
-    state = DevState("a project", LocalWorker(LocalOptions(tmp_path, {})))
-    state.enter(Phase.SERVING)
-    return state
+async def test_models_that_runs_wait_for_are_shown_while_they_come(tmp_path: Path) -> None:
+    async with LocalWorker(LocalOptions(tmp_path, {})) as local:
+        state = DevState("a project", local)
+        async with FakeWorker(local.orchestrator.address, functions=("draw",), token=local.token) as worker:
+            await worker.register(function_schemas=[pb.FunctionSchema(name="draw")], disk_models=[B])
+            await local.orchestrator.wait_for_worker()
+
+            def models() -> list[dict[str, Any]]:
+                found: list[dict[str, Any]] = state.snapshot()["models"]
+                return found
+
+            call = await state.runs.start(state.functions()["draw"], {}, {}, 0)
+            following = asyncio.ensure_future(_follow(call))
+            run_id = (await worker.receive()).run_request.run_id
+            on_disk = {"id": B, "where": "disk"}
+            assert models() == [on_disk]
+            progress = {"progress": 0.42, "stage": "download", "model": A}
+            await worker.event(run_id, "job.progress", progress)
+            await until(lambda: models() == [on_disk, {"id": A, "where": "downloading, 42%"}], WAIT_S)
+            await worker.event(run_id, "job.progress", {**progress, "progress": 1.0})
+            await until(lambda: models() == [on_disk], WAIT_S)
+            await worker.event(run_id, "job.progress", progress)
+            await until(lambda: len(models()) > 1, WAIT_S)
+            await worker.event(run_id, "job.progress", {"progress": 0.5, "stage": "denoising"})
+            await until(lambda: models() == [on_disk], WAIT_S)
+            await worker.succeed(run_id, None)
+            await following
 
 
-def error(state: DevState, message: str, logger: str = "supervisor.pool") -> None:
-    state.take_line(LogLine(message, level="error", logger=logger))
-
-
-def ready(state: DevState, name: str) -> None:
-    state.take_line(LogLine(f"executor {name} is ready: greet", level="info", logger="supervisor.dispatcher"))
-
-
-def test_an_executor_that_is_back_is_no_problem(state: DevState) -> None:
-    error(state, "executor of slot 0 died: killed by SIGSEGV; replaced in 0 s")
-    assert state.problem.startswith("executor of slot 0 died")
-    ready(state, "0.1")
-    assert state.problem == ""
-
-
-def test_only_its_own_slot_clears_it(state: DevState) -> None:
-    error(state, "executor of slot 0 died: killed by SIGSEGV; replaced in 0 s")
-    error(state, "executor of slot 1 failed to start (1 of 3): no module; replaced in 1 s")
-    ready(state, "2")
-    assert state.problem.startswith("executor of slot 1")
-    ready(state, "1.1")
-    assert state.problem.startswith("executor of slot 0"), "that one is still away"
-    ready(state, "0.3")
-    assert state.problem == ""
-
-
-def test_code_that_does_not_start_stays_a_problem_until_it_does(state: DevState) -> None:
-    error(state, "the new executor of slot 0 does not serve: 1 others keep what they have", "supervisor.renewal")
-    ready(state, "1")
-    assert "slot 0 does not serve" in state.problem
-    state.take_line(LogLine(RENEWED, level="info", logger="supervisor.renewal"))
-    assert state.problem == ""
-
-
-def test_another_problem_is_not_cleared_by_an_executor(state: DevState) -> None:
-    state.enter(Phase.SERVING, "something else")
-    ready(state, "0")
-    assert state.problem == "something else"
-
-
-def test_errors_of_tenants_are_no_problem_of_the_worker(state: DevState) -> None:
-    error(state, "executor of slot 0 died, says a function", logger="executor")
-    assert state.problem == ""
+async def _follow(call: Any) -> None:
+    async for _ in call.events():
+        pass
+    call.close()

@@ -12,6 +12,7 @@ import pytest
 from gen_worker.pipe.messages import PIPE_PROTOCOL, Event, Ready
 from supervisor.config import load_settings
 from supervisor.devices import Device, DeviceError, DeviceMemory
+from supervisor.model_source import FetchProgress
 from supervisor.pool import SlotView
 from supervisor.status import Status
 from supervisor.status_source import MAX_RUNS, StatusSource
@@ -171,6 +172,21 @@ async def test_models(bench: Bench) -> None:
     assert bench.status().gpus[1].reserved_bytes == 500
     assert bench.metric("models", state="hot") == 1
     assert bench.metric("gpu_memory_reserved_bytes", gpu="1", uuid="GPU-1") == 500
+
+
+async def test_models_on_their_way(bench: Bench) -> None:
+    make_ready(bench)
+    bench.rig.source.under_way = {A: FetchProgress(1, 2), "hf:a/b": FetchProgress(5, 10), "hf:a/c": FetchProgress(7)}
+    shown = [(model.id, model.state, model.done_bytes, model.total_bytes) for model in bench.status().models]
+    assert shown == [
+        (A, "disk", 0, 0),  # its tag is looked up again; what is here can serve
+        (B, "disk", 0, 0),
+        ("hf:a/b", "downloading", 5, 10),
+        ("hf:a/c", "downloading", 7, 0),
+    ]
+    assert bench.metric("models", state="downloading") == 2
+    bench.rig.source.under_way = {}
+    assert bench.metric("models", state="downloading") == 0
 
 
 async def test_a_run_and_its_progress(bench: Bench) -> None:
