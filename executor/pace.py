@@ -10,7 +10,7 @@ from typing import Final
 
 BRIEF_S: Final = 0.001
 """A hand-over to another thread takes about a tenth of it; a message that comes meanwhile can wait so long."""
-PROOF_RUNS: Final = 16
+PROOF_RUNS: Final = 8
 
 
 class Pace:
