@@ -1,7 +1,7 @@
-"""Which functions are brief, as far as they have shown.
+"""Which functions are short, as far as they have shown.
 
-Owns: for each function, how many of its runs in a row were brief. One that was not starts the count again, so what
-takes long now and then is taken for brief rarely, and what always takes long never.
+Owns: for each function, how many of its runs in a row were. One that was not starts the count again, so what takes long
+now and then is taken for short rarely, and what always takes long never.
 """
 
 from __future__ import annotations
@@ -9,20 +9,27 @@ from __future__ import annotations
 from typing import Final
 
 BRIEF_S: Final = 0.001
-"""A hand-over to another thread takes about a tenth of it; a message that comes meanwhile can wait so long."""
+"""A run that stays on the reader's thread (reader.py) takes less: a hand-over to another thread costs a tenth of it,
+and a message that comes meanwhile can wait so long."""
+TINY_S: Final = 0.000_1
+"""A run that the supervisor need not spread over executors takes less; what it spends on one is a third of that."""
 PROOF_RUNS: Final = 8
 
 
 class Pace:
-    """See the module. Any thread may call it: a count that two threads change at once is off by one, no more."""
+    """The functions whose runs are shorter than `limit_s`.
 
-    def __init__(self) -> None:
+    Any thread may call it: a count that two threads change at once is off by one, no more.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
         self._in_a_row: dict[str, int] = {}
 
     def note(self, function: str, seconds: float) -> None:
         """A run took so long, from its payload to its answer."""
-        self._in_a_row[function] = self._in_a_row.get(function, 0) + 1 if seconds < BRIEF_S else 0
+        self._in_a_row[function] = self._in_a_row.get(function, 0) + 1 if seconds < self._limit_s else 0
 
-    def is_brief(self, function: str) -> bool:
+    def is_short(self, function: str) -> bool:
         """Whether the next run will most likely be."""
         return self._in_a_row.get(function, 0) >= PROOF_RUNS

@@ -42,7 +42,7 @@ class ActiveRun:
 
     __slots__ = (
         "_claimed", "_events", "_files", "_forget", "_loop_thread", "_over", "_resume", "_send", "_store", "cause",
-        "context", "decoded", "gate", "inputs", "message", "spec", "task",
+        "context", "decoded", "gate", "inputs", "message", "spec", "task", "tiny",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +73,8 @@ class ActiveRun:
         self.gate = Gate()
         self.task: asyncio.Task[None] | None = None
         """Of an async function, once the event loop has it."""
+        self.tiny = False
+        """What its Result says of its function."""
         self._over = False
         """It is being answered."""
         self._send = send
@@ -154,7 +156,7 @@ class ActiveRun:
         """Answer with the output; an incremental run's is empty, after `output.completed`."""
         if self.spec.incremental:
             self.events.close(("output.completed", b"{}"))
-        self._answer(Result(self.message.key, output))
+        self._answer(Result(self.message.key, output, tiny=self.tiny))
 
     def fail(self, error: BaseException, *, poisoned: bool = False) -> Failure:
         """Answer with what went wrong, and say so in the stream of an incremental run."""

@@ -18,7 +18,7 @@ import msgspec
 from executor.blobs import Blobs
 from executor.files import StoreSettings
 from executor.models import ModelStore
-from executor.pace import Pace
+from executor.pace import BRIEF_S, TINY_S, Pace
 from executor.pool import ThreadPool
 from executor.run import ActiveRun
 from executor.runner import Runner
@@ -73,7 +73,7 @@ class Service:
         self._blobs = blobs
         self._models = models
         self._runner = runner
-        self._pace = Pace()
+        self._brief, self._tiny = Pace(BRIEF_S), Pace(TINY_S)
         self._pool = ThreadPool(threads, self._run_timed)
         self._loop = loop
         self._loop_thread = loop_thread
@@ -135,14 +135,17 @@ class Service:
 
     def _may_stay(self, run: ActiveRun) -> bool:
         """Whether the reader may run it: it is brief, and none waits before it."""
-        if self._pool.waits or not self._pace.is_brief(run.spec.name):
+        if self._pool.waits or not self._brief.is_short(run.spec.name):
             return False
         return run.spec.mode == "sync" and isinstance(run.message.payload, bytes)
 
     def _run_timed(self, run: ActiveRun) -> None:
-        begin = time.perf_counter()
+        name, begin = run.spec.name, time.perf_counter()
+        run.tiny = self._tiny.is_short(name)
         self._runner.run_in_thread(run)
-        self._pace.note(run.spec.name, time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        self._brief.note(name, seconds)
+        self._tiny.note(name, seconds)
 
     # -- runs ---------------------------------------------------------------------------------
 

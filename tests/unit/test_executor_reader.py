@@ -1,4 +1,4 @@
-"""Who reads the pipe while a run is on the thread that read it, and which functions may be there."""
+"""Who reads the pipe while a run is on the thread that read it, and which functions are short."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from executor.pace import BRIEF_S, PROOF_RUNS, Pace
+from executor.pace import PROOF_RUNS, Pace
 from executor.reader import QUIET_TICKS, Relief
 
 TICK_S = 0.002
+LIMIT_S = 0.001
 
 
 class Readers:
@@ -82,23 +83,23 @@ def test_a_relief_that_sleeps_is_woken() -> None:
         assert readers.count == before + 1
 
 
-@pytest.mark.parametrize("seconds", [0.0, BRIEF_S * 0.9])
-def test_a_function_is_brief_when_it_was_often_enough(seconds: float) -> None:
-    pace = Pace()
+@pytest.mark.parametrize("seconds", [0.0, LIMIT_S * 0.9])
+def test_a_function_is_short_when_it_was_often_enough(seconds: float) -> None:
+    pace = Pace(LIMIT_S)
     for _ in range(PROOF_RUNS):
-        assert not pace.is_brief("echo")
+        assert not pace.is_short("echo")
         pace.note("echo", seconds)
-    assert pace.is_brief("echo")
-    assert not pace.is_brief("other")
+    assert pace.is_short("echo")
+    assert not pace.is_short("other")
 
 
 def test_one_long_run_starts_the_count_again() -> None:
-    pace = Pace()
-    for seconds in [0.0] * PROOF_RUNS + [BRIEF_S] + [0.0] * (PROOF_RUNS - 1):
+    pace = Pace(LIMIT_S)
+    for seconds in [0.0] * PROOF_RUNS + [LIMIT_S] + [0.0] * (PROOF_RUNS - 1):
         pace.note("echo", seconds)
-    assert not pace.is_brief("echo")
+    assert not pace.is_short("echo")
     pace.note("echo", 0.0)
-    assert pace.is_brief("echo")
+    assert pace.is_short("echo")
 
 
 def _assert(holds: bool) -> None:
