@@ -11,11 +11,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import faulthandler
-import queue
 import signal
 import threading
-
-import msgspec
 
 from executor.blobs import Blobs
 from executor.boot import BootError, load_functions, ready
@@ -23,58 +20,12 @@ from executor.files import StoreSettings
 from executor.link import Link
 from executor.models import ModelStore
 from executor.process import Departure, ExitCode, buffer_by_line, die_with_parent, forbid_new_privileges, say
+from executor.reader import Reader
 from executor.runner import Limits, Runner
 from executor.service import Service
-from gen_worker.pipe.arena import ArenaError, ArenaReader, ArenaWriter
-from gen_worker.pipe.frames import FrameError
-from gen_worker.pipe.messages import Fatal, Init, Shutdown, decode_downward
+from gen_worker.pipe.arena import ArenaReader, ArenaWriter
+from gen_worker.pipe.messages import Init
 from gen_worker.signature import FunctionSpec
-
-
-class Reader:
-    """The thread that reads the pipe, from the first frame to the process's last moment."""
-
-    def __init__(self, link: Link, departure: Departure) -> None:
-        self.init: queue.SimpleQueue[Init] = queue.SimpleQueue()
-        """Gets the one Init."""
-        self.service: Service | None = None
-        """Set before Ready is sent: the supervisor sends nothing but Shutdown before it."""
-        self._link = link
-        self._departure = departure
-        self._has_init = False
-
-    def start(self) -> None:
-        threading.Thread(target=self._read, name="pipe-reader", daemon=True).start()
-
-    def _read(self) -> None:
-        try:
-            while True:
-                frames = self._link.receive()
-                if self.service is not None:
-                    self.service.handle(frames)
-                else:
-                    self._before_ready(frames)
-        except EOFError:
-            self._departure.pipe_closed()
-        except OSError as error:
-            self._departure.pipe_closed(error)
-        except (FrameError, ArenaError, msgspec.DecodeError) as error:
-            message = f"the supervisor sent what can't be understood: {error}"
-            say(message)
-            self._departure.fatal(Fatal("protocol", message), ExitCode.PROTOCOL)
-        except BaseException as error:  # noqa: BLE001  # without its reader the process would serve nobody
-            self._departure.internal(error)
-
-    def _before_ready(self, frames: list[bytes]) -> None:
-        for body in frames:
-            message = decode_downward(body)
-            if isinstance(message, Shutdown):
-                self._departure.stop_by(0)
-            elif isinstance(message, Init) and not self._has_init:
-                self._has_init = True
-                self.init.put(message)
-            else:
-                raise msgspec.DecodeError(f"{type(message).__name__} is not expected before Ready")
 
 
 def build_service(

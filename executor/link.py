@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
-import struct
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -33,16 +33,14 @@ SEND_BUFFER_BYTES: Final = 1024 * 1024
 """As the supervisor asks for its direction; the kernel caps it at net.core.wmem_max."""
 
 
-_TIMEVAL: Final = struct.Struct("@ll")
-
-
 class Link:
     """See the module. `on_broken` is called, once at least, when the other end does not take what is written."""
 
     def __init__(self, fd: int, on_broken: Callable[[OSError], None]) -> None:
         self._socket = socket.socket(fileno=fd)
         self._socket.setblocking(True)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, int(LOOK_S * 1_000_000)))
+        self._readable = select.poll()
+        self._readable.register(fd, select.POLLIN)
         self._inode = os.fstat(fd).st_ino
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self._on_broken = on_broken
@@ -58,13 +56,13 @@ class Link:
     def receive(self) -> list[bytes]:
         """Whole frames, at least one; blocks. Raises EOFError at the end, FrameError for garbage, OSError."""
         while True:
-            try:
-                data = self._socket.recv(READ_BYTES)
-            except BlockingIOError:
+            # A thread that blocks in recv would also be woken whenever the supervisor has read what was written here.
+            if not self._readable.poll(LOOK_S * 1000):
                 # Nothing for LOOK_S. What has its number now may be another file: of that nothing may be read.
                 if os.fstat(self._socket.fileno()).st_ino != self._inode:
-                    raise OSError(errno.EBADF, "the pipe was closed in this process") from None
+                    raise OSError(errno.EBADF, "the pipe was closed in this process")
                 continue
+            data = self._socket.recv(READ_BYTES)
             if not data:
                 raise EOFError
             if frames := self._decoder.feed(data):

@@ -29,6 +29,11 @@ class ThreadPool(Generic[T]):
         """Held while a called thread is on its way; it is what that thread releases first."""
         self.size = 0
 
+    @property
+    def waits(self) -> bool:
+        """Whether an item waits for a thread."""
+        return bool(self._waiting)
+
     def submit(self, items: Iterable[T]) -> None:
         """Queue items. They start in order."""
         self._waiting.extend(items)

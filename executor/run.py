@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -32,13 +33,16 @@ from gen_worker.pipe.messages import CancelCause, Failure, Payload, Result, Run,
 from gen_worker.signature import FunctionSpec
 from gen_worker.types import Asset
 
+_MAKING: Final = threading.Lock()
+"""Held while a run's events or files are made, so that all of its threads get the same ones."""
+
 
 class ActiveRun:
     """See the module. It is the RunHost of its ActionContext."""
 
     __slots__ = (
-        "_claimed", "_forget", "_loop_thread", "_resume", "_send", "cause", "context", "decoded", "events", "files",
-        "gate", "inputs", "message", "spec", "task",
+        "_claimed", "_events", "_files", "_forget", "_loop_thread", "_over", "_resume", "_send", "_store", "cause",
+        "context", "decoded", "gate", "inputs", "message", "spec", "task", "tiny",
     )  # fmt: skip
 
     def __init__(
@@ -60,8 +64,8 @@ class ActiveRun:
         self.spec = spec
         self.cause: CancelCause | None = None
         self.context: ActionContext | None = None
-        self.events = EventStream(message.key, message.window, send)
-        self.files = RunFiles(message.key, store, send)
+        self._events: EventStream | None = None
+        self._files: RunFiles | None = None
         self.decoded: msgspec.Struct | None = None
         """The payload, once it is decoded; what the message says of it is void then."""
         self.inputs: Inputs | None = None
@@ -69,11 +73,43 @@ class ActiveRun:
         self.gate = Gate()
         self.task: asyncio.Task[None] | None = None
         """Of an async function, once the event loop has it."""
+        self.tiny = False
+        """What its Result says of its function."""
+        self._over = False
+        """It is being answered."""
         self._send = send
+        self._store = store
         self._forget = forget
         self._loop_thread = loop_thread
         self._resume = resume
         self._claimed = threading.Lock()
+
+    # -- made when asked for, since most runs have neither -------------------------------------
+
+    @property
+    def events(self) -> EventStream:
+        """What it emits."""
+        if self._events is None:
+            with _MAKING:
+                if self._events is None:
+                    self._events = EventStream(self.message.key, self.message.window, self._send)
+            # Who cancels or answers stores that and then looks for events, this the other way round: one sees both.
+            if self.cause is not None:
+                self._events.cancel()
+            if self._over:
+                self._events.close()
+        return self._events
+
+    @property
+    def files(self) -> RunFiles:
+        """What it has fetched and stored."""
+        if self._files is None:
+            with _MAKING:
+                if self._files is None:
+                    self._files = RunFiles(self.message.key, self._store, self._send)
+            if self.cause is not None:
+                self._files.cancel()
+        return self._files
 
     # -- its life -----------------------------------------------------------------------------
 
@@ -106,8 +142,10 @@ class ActiveRun:
         # `attach` stores the context and then looks at the cause, this the other way round: one of them sees both.
         if self.context is not None:
             self.context.cancel(self.cause)
-        self.events.cancel()
-        self.files.cancel()
+        if self._events is not None:
+            self._events.cancel()
+        if self._files is not None:
+            self._files.cancel()
 
     @property
     def is_canceled(self) -> bool:
@@ -118,9 +156,7 @@ class ActiveRun:
         """Answer with the output; an incremental run's is empty, after `output.completed`."""
         if self.spec.incremental:
             self.events.close(("output.completed", b"{}"))
-        else:
-            self.events.close()
-        self._answer(Result(self.message.key, output))
+        self._answer(Result(self.message.key, output, tiny=self.tiny))
 
     def fail(self, error: BaseException, *, poisoned: bool = False) -> Failure:
         """Answer with what went wrong, and say so in the stream of an incremental run."""
@@ -129,8 +165,6 @@ class ActiveRun:
         if self.spec.incremental:
             said = {"error_type": failure.error_type, "message": failure.safe_message}
             self.events.close(("output.error", msgspec.json.encode(said)))
-        else:
-            self.events.close()
         self._answer(Result(self.message.key, b"", failure, poisoned))
         return failure
 
@@ -144,6 +178,9 @@ class ActiveRun:
         return msgspec.structs.replace(stopped, detail=failure.detail)
 
     def _answer(self, result: Result) -> None:
+        self._over = True
+        if self._events is not None:
+            self._events.close()
         self._forget(self.message.key, None)
         self._send(result)
 

@@ -192,14 +192,18 @@ class Runner:
             raise FatalError(f"{spec.name} is a websocket handler: it is opened as a session, not run as a task")
         if run.decoded is not None:
             return []
-        decode = functools.partial(decode_payload, spec)
-        run.decoded = self._blobs.decode(message.payload, decode, spec.payload_type)
+        if isinstance(message.payload, bytes):
+            run.decoded = decode_payload(spec, message.payload)
+        else:
+            decode = functools.partial(decode_payload, spec)
+            run.decoded = self._blobs.decode(message.payload, decode, spec.payload_type)
         return list(assets_in(run.decoded)) if holds_assets(spec.payload_type) else []
 
     def _prepare(self, run: ActiveRun) -> tuple[ActionContext, dict[str, Any]]:
         message, spec = run.message, run.spec
-        models = self._inject(spec, message.models, f"run {message.run_id}")
-        arguments: dict[str, Any] = {spec.payload_param: run.decoded, **models}
+        arguments: dict[str, Any] = {spec.payload_param: run.decoded}
+        if spec.injections:
+            arguments |= self._inject(spec, message.models, f"run {message.run_id}")
         run.decoded = None  # the function's alone from here on
         context = self._context(message, message.run_id, run)
         run.attach(context)

@@ -1,13 +1,14 @@
 """Serves the pipe: every message of the supervisor goes to what it concerns.
 
-Owns: the runs that the executor has, and the reader. The reader thread takes all frames that are there, hands sync
-functions to the pool and async ones to the event loop in one go each, and acts on the rest itself; it never runs
-tenant code and never waits for anything but the pipe.
+Owns: the runs that the executor has. It takes all frames that are there, hands sync functions to the pool and async
+ones to the event loop in one go each, and acts on the rest itself, without waiting for anything. A single run of a
+function that has proved brief it hands back to the thread that read it (reader.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
@@ -17,6 +18,7 @@ import msgspec
 from executor.blobs import Blobs
 from executor.files import StoreSettings
 from executor.models import ModelStore
+from executor.pace import BRIEF_S, TINY_S, Pace
 from executor.pool import ThreadPool
 from executor.run import ActiveRun
 from executor.runner import Runner
@@ -71,7 +73,8 @@ class Service:
         self._blobs = blobs
         self._models = models
         self._runner = runner
-        self._pool = ThreadPool(threads, runner.run_in_thread)
+        self._brief, self._tiny = Pace(BRIEF_S), Pace(TINY_S)
+        self._pool = ThreadPool(threads, self._run_timed)
         self._loop = loop
         self._loop_thread = loop_thread
         self._store = store
@@ -106,21 +109,43 @@ class Service:
             Shutdown: lambda _: on_shutdown(),
         }
 
-    def handle(self, frames: Sequence[bytes]) -> None:
-        """Act on frames that arrived together. Raises DecodeError and ArenaError for what they can't be."""
+    def handle(self, frames: Sequence[bytes]) -> Callable[[], None] | None:
+        """Act on frames that arrived together. Returns what the calling thread may as well do by itself.
+
+        Raises DecodeError and ArenaError for what they can't be.
+        """
         for body in frames:
             message: Downward = decode_downward(body)
             handler = self._handlers.get(type(message))
             if handler is None:
                 raise msgspec.DecodeError(f"{type(message).__name__} is not expected now")
             handler(message)
+        work = None
         if self._for_threads:
-            self._pool.submit(self._for_threads)
-            self._for_threads = []
+            runs, self._for_threads = self._for_threads, []
+            if len(runs) == 1 and self._may_stay(runs[0]):
+                work = partial(self._run_timed, runs[0])
+            else:
+                self._pool.submit(runs)
         if self._for_loop:
             self._loop.call_soon_threadsafe(self._start_tasks, self._for_loop)
             self._for_loop = []
         self._sockets.flush()
+        return work
+
+    def _may_stay(self, run: ActiveRun) -> bool:
+        """Whether the reader may run it: it is brief, and none waits before it."""
+        if self._pool.waits or not self._brief.is_short(run.spec.name):
+            return False
+        return run.spec.mode == "sync" and isinstance(run.message.payload, bytes)
+
+    def _run_timed(self, run: ActiveRun) -> None:
+        name, begin = run.spec.name, time.perf_counter()
+        run.tiny = self._tiny.is_short(name)
+        self._runner.run_in_thread(run)
+        seconds = time.perf_counter() - begin
+        self._brief.note(name, seconds)
+        self._tiny.note(name, seconds)
 
     # -- runs ---------------------------------------------------------------------------------
 

@@ -279,6 +279,8 @@ class Dispatcher:
             self._finish(run, result.failure)
         else:
             self._quarantine.clear(run.fingerprint)
+            if result.failure is None:
+                self.lanes.tiny[run.function] = result.tiny
             self._finish(run, result.failure, output)
         self._pump()
 
@@ -377,8 +379,10 @@ class Dispatcher:
     # -- inside -------------------------------------------------------------------------------
 
     def _start(self, run: Run, handle: ExecutorHandle) -> None:
-        running = sum(each.load for each in self._executors())
-        window = max(WINDOW_MIN_BYTES, min(WINDOW_BYTES, WINDOWS_BYTES // (running + 1)))
+        window = WINDOW_BYTES
+        if self.active > WINDOWS_BYTES // WINDOW_BYTES:
+            running = sum(each.load for each in self._executors())
+            window = max(WINDOW_MIN_BYTES, min(WINDOW_BYTES, WINDOWS_BYTES // (running + 1)))
         if isinstance(run, SocketSession):
             self.sockets.start(run, handle, window)
             return

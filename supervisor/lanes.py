@@ -9,7 +9,9 @@ Owns: the runs that wait, and the executors reserved for a run that must be alon
    executor is reserved for the run that waits: it runs empty, so that its models can leave.
 4. A run whose executor has its inputs at last (it took no place while it waited) goes on before new runs, as soon as
    there is a place for it.
-5. A suspect (quarantine.py) runs alone: an executor is reserved for it, and takes nothing else until it has ended. Only
+5. Runs that their executor calls tiny are not spread: waking another executor costs more than it would save. They go
+   where the last one went, until that has TINY_RUNS.
+6. A suspect (quarantine.py) runs alone: an executor is reserved for it, and takes nothing else until it has ended. Only
    realtime sessions may be beside it: they get no strikes, and waiting for them could block the executor for hours.
 """
 
@@ -27,6 +29,8 @@ from supervisor.residence import ModelKey, Residence, Room
 from supervisor.residency import Residency
 from supervisor.runs import Run, RunState
 
+TINY_RUNS: Final = 64
+"""Each takes under 0.1 ms (executor/pace.py), so that the last of them waits some milliseconds for those before it."""
 PATIENCE_S: Final = 5.0
 """How long the head of a lane waits for models in use to get idle by themselves. About what a load from disk takes:
 with less, two busy models on one GPU would be swapped more than used."""
@@ -35,7 +39,7 @@ with less, two busy models on one GPU would be swapped more than used."""
 class _Lane:
     """The waiting runs of one function with the same models, in order."""
 
-    __slots__ = ("blocked_since", "info", "keys", "limit", "waiting")
+    __slots__ = ("blocked_since", "info", "keys", "last", "limit", "waiting")
 
     def __init__(self, info: FunctionInfo, keys: list[ModelKey], limit: int) -> None:
         self.info = info
@@ -43,6 +47,8 @@ class _Lane:
         self.limit = limit
         self.waiting: OrderedDict[int, Run] = OrderedDict()
         """By key; a run that ends while it waits leaves at once, so that none is counted or looked at in vain."""
+        self.last: ExecutorHandle | None = None
+        """That took a run of it last, unless that one had to be alone."""
         self.blocked_since: float | None = None
         """When all room was found to be in use; None: it is not."""
 
@@ -74,6 +80,8 @@ class Lanes:
         self._held = held
         self._lanes: dict[tuple[str, Models], _Lane] = {}
         self._reserved: dict[ExecutorHandle, int] = {}
+        self.tiny: dict[str, bool] = {}
+        """Whether the runs of a function take next to nothing, by the last word of an executor."""
         self._returning: OrderedDict[int, tuple[Run, Callable[[], None]]] = OrderedDict()
         """By key: runs that wait for a place on their executor, in order."""
 
@@ -127,6 +135,9 @@ class Lanes:
     def forget(self, handle: ExecutorHandle) -> None:
         """The executor is gone."""
         self._reserved.pop(handle, None)
+        for lane in self._lanes.values():
+            if lane.last is handle:
+                lane.last = None
 
     def pump(self) -> None:
         """Give waiting runs to executors until none can take one."""
@@ -137,6 +148,8 @@ class Lanes:
                 handle.resume(run)
                 start()
         lanes = [lane for lane in self._lanes.values() if lane.waiting]
+        if not lanes:
+            return
         lanes.sort(key=lambda lane: next(iter(lane.waiting)))
         for lane in lanes:
             self._pump_lane(lane)
@@ -178,18 +191,28 @@ class Lanes:
 
     def _choose(self, lane: _Lane, run: Run) -> ExecutorHandle | None:
         """The executor for the lane's next run; None: it waits (and what it waits for is under way)."""
+        if self._stays(lane, run):
+            return lane.last
         able = self._able(lane, run)
         hot = [handle for handle in able if self._residency.state(handle, lane.keys) is Residence.HOT]
         if not hot:
             return None
-        chosen = min(hot, key=load_of)
         if not run.alone:
-            return chosen
+            lane.last = min(hot, key=load_of)
+            return lane.last
+        chosen = min(hot, key=load_of)
         if chosen.brief_load:  # none is empty: stay with the one that is already running empty for it
             chosen = next((handle for handle in hot if handle in self._reserved), chosen)
         self._release(run)
         self._reserved[chosen] = run.key
         return None if chosen.brief_load else chosen
+
+    def _stays(self, lane: _Lane, run: Run) -> bool:
+        """Whether the run goes where the one before it went, without a look at the other executors."""
+        last = lane.last
+        if last is None or last.load >= TINY_RUNS or run.alone or self._reserved or not self.tiny.get(run.function):
+            return False
+        return last.can_take(run.function, lane.limit) and self._residency.state(last, lane.keys) is Residence.HOT
 
     def _release(self, run: Run) -> None:
         """No executor is reserved for it any more."""

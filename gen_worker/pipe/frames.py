@@ -61,6 +61,10 @@ class FrameDecoder:
         """The bodies of the frames that `data` completes, in order. Raises FrameError."""
         if self._broken:
             raise FrameError(self._broken)
+        if not self._rest and len(data) >= _PREFIX_BYTES:
+            (length,) = _LENGTH.unpack_from(data)
+            if length == len(data) - _PREFIX_BYTES and length <= self._cap:  # one frame, which is what a small run is
+                return [bytes(data[_PREFIX_BYTES:])]
         bodies: list[bytes] = []
         if self._rest:
             self._rest += data

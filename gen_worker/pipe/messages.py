@@ -259,6 +259,8 @@ class Result(msgspec.Struct, frozen=True, array_like=True, tag=22):
     failure: Failure | None = None
     poisoned: bool = False
     """This run cost the executor its device context: it takes no other and leaves."""
+    tiny: bool = False
+    """The last runs of its function took next to nothing: not worth waking another executor for."""
 
 
 class ModelLoaded(msgspec.Struct, frozen=True, array_like=True, tag=23):

@@ -36,6 +36,7 @@ from gen_worker.wire import worker_scheduler_pb2 as pb
 from supervisor import executor_handle
 from supervisor.dispatcher import WINDOW_BYTES, WINDOW_MIN_BYTES, Limits
 from supervisor.executor_handle import HandleState
+from supervisor.lanes import TINY_RUNS
 from tests.support.rig import Executor, Rig, function, until, use_recording_children
 
 A, B = "cozy:org/a:latest", "cozy:org/b:latest"
@@ -275,6 +276,32 @@ async def test_runs_wait_for_the_first_executor(make: MakeRig) -> None:
     rig.submit("r2")
     assert first.runs == []
     second = rig.add_executor()
+    assert second.runs == ["r1", "r2"]
+
+
+async def test_tiny_runs_are_not_spread(make: MakeRig) -> None:
+    rig = make([function("f"), function("g")], executors=2)
+    first, second = rig.executors
+    rig.submit("r0")
+    first.say(Result(first.key_of("r0"), b"\x80", tiny=True))
+    for number in range(1, TINY_RUNS + 3):
+        rig.submit(f"r{number}")
+    assert (first.handle.load, second.handle.load) == (TINY_RUNS, 2), "no more than that wait there"
+    rig.submit("other", function="g")
+    assert "other" in second.runs, "what is not tiny goes to the least loaded"
+    first.succeed("r1")
+    rig.submit("spread")
+    assert "spread" in second.runs, "its executor takes the word back"
+
+
+async def test_tiny_runs_go_elsewhere_when_their_executor_is_gone(make: MakeRig) -> None:
+    rig = make([function("f")], executors=2)
+    first, second = rig.executors
+    rig.submit("r0")
+    first.say(Result(first.key_of("r0"), b"\x80", tiny=True))
+    first.die()
+    rig.submit("r1")
+    rig.submit("r2")
     assert second.runs == ["r1", "r2"]
 
 

@@ -82,12 +82,12 @@ UP: list[tuple[Any, list[Any]]] = [
         ],
     ),
     (m.Event(7, "job.progress", b"{}"), [21, 7, "job.progress", b"{}"]),
-    (m.Result(7, b"out"), [22, 7, b"out", None, False]),
-    (m.Result(7, poisoned=True), [22, 7, b"", None, True]),
-    (m.Result(7, m.Blob(0, 1048576)), [22, 7, [0, 1048576], None, False]),
+    (m.Result(7, b"out"), [22, 7, b"out", None, False, False]),
+    (m.Result(7, poisoned=True), [22, 7, b"", None, True, False]),
+    (m.Result(7, m.Blob(0, 1048576)), [22, 7, [0, 1048576], None, False, False]),
     (
         m.Result(7, failure=m.Failure("retryable", "busy", "why", retryable=True)),
-        [22, 7, b"", ["retryable", "busy", "why", True], False],
+        [22, 7, b"", ["retryable", "busy", "why", True], False, False],
     ),
     (m.ModelLoaded("id", "mod.Pipe", 1024, 0.5), [23, "id", "mod.Pipe", 1024, 0.5, None, False]),
     (

@@ -41,6 +41,7 @@ from h2.settings import SettingCodes, Settings
 
 from gen_worker.wire import TRANSPORT_LIMIT_BYTES
 from supervisor.transport import StatusCode, StreamClosed, StreamStatus
+from supervisor.transport.h2.connection import CallConnection
 from supervisor.transport.h2.frames import GOAWAY, BadFrame, FrameCutter, Goaway, type_of
 from supervisor.transport.h2.inbox import PREFIX_BYTES, Inbox, prefix
 from supervisor.transport.h2.keepalive import KEEPALIVE_S, KEEPALIVE_TIMEOUT_S, Keepalive
@@ -74,6 +75,8 @@ _WRITE_BYTES: Final = 512 * 1024
 """So much may wait for the socket before `send` waits."""
 _UNREAD_BYTES: Final = 4 * 1024 * 1024
 """So many answers to pings and settings, unread by the peer that asks for them, end the connection."""
+_ACKNOWLEDGED_BYTES: Final = 64 * 1024
+"""What was taken is told to `h2` in such steps; it gives windows back by halves, and these are megabytes."""
 _JOIN_BYTES: Final = 64 * 1024
 """Messages up to this size are copied together; a larger one is sent from where it is."""
 _TRAILERS_S: Final = 0.05
@@ -237,15 +240,17 @@ class H2Stream(asyncio.Protocol):
             if room <= 0:
                 break
             part = piece[position : position + room]
-            http.send_data(_STREAM, part)
+            http.put_data(part)
             position += len(part)
         self._sent += position
         return position
 
     def _flush(self) -> None:
         """Give the socket what is framed."""
+        if not self._http.has_data_to_send:
+            return
         data = self._http.data_to_send()
-        if data and self._transport is not None and not self._transport.is_closing():
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
     # -- the connection (asyncio.Protocol) ----------------------------------------------------
@@ -285,7 +290,13 @@ class H2Stream(asyncio.Protocol):
                 self._break(f"{self._target} reads nothing, and {unread} bytes of answers to it wait")
 
     def _take(self, data: bytes) -> None:
+        only_data = True
         for frame in self._frames.cut(data):
+            payload = self._http.take_data(frame)
+            if payload is not None:
+                self._on_payload(payload, len(payload))
+                continue
+            only_data = False
             if type_of(frame) == GOAWAY:
                 self._on_goaway(Goaway.parse(frame))
                 continue
@@ -293,6 +304,8 @@ class H2Stream(asyncio.Protocol):
                 handler = self._on_event.get(type(event))
                 if handler is not None:
                     handler(event)
+        if only_data:
+            return
         if self._status is None:
             self._peak_window = max(self._peak_window, self._http.local_flow_control_window(_STREAM))
         self._room.set()
@@ -325,9 +338,12 @@ class H2Stream(asyncio.Protocol):
         self._news.set()
 
     def _on_data(self, event: DataReceived) -> None:
-        self._unacknowledged += event.flow_controlled_length or 0
-        if self._status is None and event.data:
-            self._inbox.feed(bytes(event.data))
+        self._on_payload(bytes(event.data or b""), event.flow_controlled_length or 0)
+
+    def _on_payload(self, payload: bytes, flow_controlled_bytes: int) -> None:
+        self._unacknowledged += flow_controlled_bytes
+        if self._status is None and payload:
+            self._inbox.feed(payload)
 
     def _on_answer(self, event: ResponseReceived) -> None:
         headers = headers_of(event.headers)
@@ -371,7 +387,7 @@ class H2Stream(asyncio.Protocol):
     def _acknowledge(self) -> None:
         """Give back to the windows what does not wait for the session."""
         done = self._unacknowledged - self._inbox.held
-        if done > 0 and not self._broken:
+        if done >= _ACKNOWLEDGED_BYTES and not self._broken:
             self._unacknowledged -= done
             self._http.acknowledge_received_data(done, _STREAM)
 
@@ -459,9 +475,9 @@ class H2Stream(asyncio.Protocol):
             await self._gone.wait()
 
 
-def _connection() -> H2Connection:
+def _connection() -> CallConnection:
     """The state of HTTP/2, with this side's settings."""
-    http = H2Connection(H2Configuration(client_side=True, header_encoding=None))
+    http = CallConnection(H2Configuration(client_side=True, header_encoding=None))
     http.local_settings = Settings(
         client=True,
         initial_values={
