@@ -23,7 +23,8 @@ from h2.settings import SettingCodes, Settings
 
 from gen_worker.wire import TRANSPORT_LIMIT_BYTES
 from gen_worker.wire import worker_scheduler_pb2 as pb
-from supervisor.transport.h2.inbox import Inbox, prefix
+from supervisor.transport.h2.inbox import Inbox
+from supervisor.transport.joined import prefix
 
 WINDOW_BYTES: Final = 8 * 1024 * 1024
 FRAME_BYTES: Final = 1024 * 1024

@@ -9,6 +9,11 @@ slows the function instead of filling memory. How it waits:
 - `ctx.emit()` in a coroutine can't await. It may go over by LOOP_WINDOWS - 1 windows, which holds what coroutines
   emit in practice; beyond that it blocks the event loop until there is room, since memory must stay bounded.
 
+Deltas are joined as Nagle's algorithm joins bytes (RFC 896). The first goes at once. While one is under way those that
+follow are held; they go together when a Credit comes, when they weigh DELTAS_BYTES, before any other event, and when
+their producer has to wait. So a slow stream has no delay, and a flood costs one message for some fifty. A process that
+dies takes what it holds with it.
+
 An event that is larger than the window goes when nothing else is under way. A cancel ends every wait.
 """
 
@@ -21,8 +26,9 @@ from typing import Final
 
 from gen_worker.errors import RunCanceled, ValidationError, WorkerError
 from gen_worker.pipe.frames import FRAME_CAP_BYTES
-from gen_worker.pipe.messages import EVENT_OVERHEAD_BYTES, Event, Upward
+from gen_worker.pipe.messages import DELTAS_BYTES, EVENT_OVERHEAD_BYTES, Deltas, Event, Upward
 
+DELTA: Final = "output.delta"
 LOOP_WINDOWS: Final = 4
 EVENT_CAP_BYTES: Final = FRAME_CAP_BYTES - 64 * 1024
 """An event is one frame; what is left is for its type and the message around it."""
@@ -36,7 +42,8 @@ class EventStream:
     """See the module. Every method may be called from any thread, `put_async` and `room` from the event loop's."""
 
     __slots__ = (
-        "_canceled", "_closed", "_credits", "_key", "_lock", "_room", "_send", "_under_way", "_waiters", "_window",
+        "_canceled", "_closed", "_credits", "_held", "_held_weight", "_key", "_lock", "_room", "_send", "_under_way",
+        "_waiters", "_window",
     )  # fmt: skip
 
     def __init__(self, key: int, window: int, send: Callable[[Upward], None]) -> None:
@@ -44,6 +51,9 @@ class EventStream:
         self._window = window
         self._send = send
         self._under_way = 0
+        self._held: list[bytes] = []
+        """Deltas that were not sent yet, though they count as under way."""
+        self._held_weight = 0
         self._credits = 0
         """How many came: tells whether anything leaves."""
         self._canceled = False
@@ -65,6 +75,7 @@ class EventStream:
             while not self._put_if_room(event_type, payload, weight, windows):
                 if self._canceled:
                     raise RunCanceled
+                self._send_held()
                 if self._room is None:
                     self._room = threading.Condition(self._lock)
                 self._room.wait()
@@ -78,6 +89,7 @@ class EventStream:
                     return
                 if self._canceled:
                     raise asyncio.CancelledError
+                self._send_held()
                 room = self._wait()
             await room
 
@@ -120,8 +132,33 @@ class EventStream:
             return False
         # Under the lock, so that the events of several threads go out in the order in which they found room, and
         # none after `close`. Sending does not wait.
-        self._send(Event(self._key, event_type, payload))
+        if event_type == DELTA:
+            self._put_delta(payload, weight)
+        else:
+            self._send_held()
+            self._send(Event(self._key, event_type, payload))
         return True
+
+    def _put_delta(self, payload: bytes, weight: int) -> None:
+        if self._held_weight + weight > DELTAS_BYTES:
+            self._send_held()
+        self._held.append(payload)
+        self._held_weight += weight
+        if self._held_weight == self._under_way or self._held_weight + EVENT_OVERHEAD_BYTES > DELTAS_BYTES:
+            self._send_held()
+
+    def _send_held(self) -> None:
+        held = self._held
+        if held:
+            one = len(held) == 1
+            self._send(Event(self._key, DELTA, held[0]) if one else Deltas(self._key, tuple(held)))
+            held.clear()
+            self._held_weight = 0
+
+    def flush(self) -> None:
+        """Send what is held, for a process that is about to leave."""
+        with self._lock:
+            self._send_held()
 
     # -- the run ------------------------------------------------------------------------------
 
@@ -130,6 +167,7 @@ class EventStream:
         with self._lock:
             self._under_way = max(0, self._under_way - size)
             self._credits += 1
+            self._send_held()
             self._wake()
 
     def cancel(self) -> None:
@@ -141,6 +179,7 @@ class EventStream:
     def close(self, *last: tuple[str, bytes]) -> None:
         """Send the `last` events, whatever the window says, and take no more. They are few and small."""
         with self._lock:
+            self._send_held()
             for event_type, payload in last:
                 self._send(Event(self._key, event_type, payload))
             self._closed = True

@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Final
 
 from gen_worker.errors import RunCanceled
@@ -91,12 +90,18 @@ class Gate:
             self._lock.release()
         return not self._left
 
-    @contextmanager
-    def shielded(self) -> Iterator[None]:
-        """No strike lands inside. Raises RunCanceled on entry when there was one before."""
+    def shielded(self) -> Gate:
+        """A context in which no strike lands. Raises RunCanceled on entry when there was one before."""
+        return self
+
+    def __enter__(self) -> None:
+        # A strike that is pending may land anywhere up to the end of `check`. After it none can, for the lock is held.
         with self._lock:
             self.check()
-            yield
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
     def check(self) -> None:
         """Raise what was struck and may still be pending; the caller has the lock."""

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 
 from executor.blobs import Blobs
 from executor.cuda_faults import is_poisoned
+from executor.events import DELTA
 from executor.run import ActiveRun
 from executor.sockets import ActiveSession
 from gen_worker.assets import assets_in, holds_assets
@@ -109,7 +110,7 @@ class Runner:
         deltas = run.spec.func(context, **arguments)
         try:
             for count, delta in enumerate(deltas, 1):
-                run.emit("output.delta", self._encode_delta(run, delta, count))
+                run.emit(DELTA, self._encode_delta(run, delta, count))
                 if context.is_canceled():
                     raise RunCanceled
         finally:
@@ -147,7 +148,7 @@ class Runner:
         try:
             async for delta in deltas:
                 count += 1
-                await run.events.put_async("output.delta", self._encode_delta(run, delta, count))
+                await run.events.put_async(DELTA, self._encode_delta(run, delta, count))
                 if not count % TURN_DELTAS:
                     await asyncio.sleep(0)
                 if context.is_canceled():
@@ -269,6 +270,7 @@ class Runner:
 
     def _failed(self, run: ActiveRun, error: BaseException) -> None:
         if isinstance(error, SystemExit):
+            run.events.flush()
             self._end.exit_by_tenant(run.spec.qualified_name, error)
         elif is_poisoned(error):
             poisoned = PoisonedError("the device failed")

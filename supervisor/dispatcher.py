@@ -30,6 +30,7 @@ from gen_worker.pipe.frames import FrameError
 from gen_worker.pipe.messages import (
     EVENT_OVERHEAD_BYTES,
     CancelCause,
+    Deltas,
     Event,
     Failure,
     FetchFile,
@@ -57,7 +58,7 @@ from supervisor.run_files import RunFiles, Store, Transfers
 from supervisor.runs import Run, RunState
 from supervisor.socket_session import SocketSession
 from supervisor.sockets import SocketLimits, Sockets
-from supervisor.wire_codec import encode_event, encode_result
+from supervisor.wire_codec import DeltaWriter, encode_event, encode_result
 
 if TYPE_CHECKING:
     from gen_worker.wire import worker_scheduler_pb2 as pb
@@ -239,9 +240,12 @@ class Dispatcher:
         log.debug("executor %s takes no more runs", handle.name)
         self._changed()
 
-    def run_event(self, handle: ExecutorHandle, event: Event) -> None:
+    def run_event(self, handle: ExecutorHandle, event: Event | Deltas) -> None:
         run = self._run_of(handle, event.key)
         if run is None:
+            return
+        if isinstance(event, Deltas):
+            self._deltas(run, event)
             return
         message, weight = encode_event(run.run_id, event.type, event.payload), len(event.payload) + EVENT_OVERHEAD_BYTES
         if not isinstance(run, SocketSession):
@@ -492,10 +496,20 @@ class Dispatcher:
 
     # -- small questions ----------------------------------------------------------------------
 
+    def _deltas(self, run: Run, deltas: Deltas) -> None:
+        if isinstance(run, SocketSession):
+            log.debug("session %s sent deltas, which none has: they are dropped", run.run_id)
+            return
+        if run.deltas is None:
+            run.deltas = DeltaWriter(run.run_id)
+        count, size = len(deltas.payloads), sum(map(len, deltas.payloads))
+        self._observer.deltas(run, count, size)
+        self.outbox.put_event(run.key, run.deltas.join(deltas.payloads), size + count * EVENT_OVERHEAD_BYTES)
+
     def _note(self, run: Run, event: Event) -> None:
         """What an event says beyond what the scheduler makes of it."""
         if event.type == "output.delta":
-            self._observer.delta(run, len(event.payload))
+            self._observer.deltas(run, 1, len(event.payload))
         elif event.type == "job.progress":
             if len(event.payload) <= PROGRESS_BYTES:
                 run.progress = event.payload

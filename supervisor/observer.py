@@ -3,7 +3,8 @@
 Owns: the vocabulary. A part is handed an Observer and calls it where something happened; what becomes of it
 (telemetry.py) is none of its affair. The base class takes note of nothing, for parts that nobody watches.
 
-Each method is called on the event loop and must cost next to nothing: some are called for every run and every delta.
+Each method is called on the event loop and must cost next to nothing: some are called for every run, and each time that
+deltas come.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Observer:
     def run_ended(self, run: Run, failure: Failure | None, now: float) -> None:
         """Its one result is on its way."""
 
-    def delta(self, run: Run, size: int) -> None:
-        """One delta of a stream, of so many bytes."""
+    def deltas(self, run: Run, count: int, size: int) -> None:
+        """So many deltas of a stream, of so many bytes together."""
 
     # -- executors
 
@@ -86,8 +87,8 @@ class Observers(Observer):
     def run_ended(self, run: Run, failure: Failure | None, now: float) -> None:
         self._tell(lambda observer: observer.run_ended(run, failure, now))
 
-    def delta(self, run: Run, size: int) -> None:
-        self._tell(lambda observer: observer.delta(run, size))
+    def deltas(self, run: Run, count: int, size: int) -> None:
+        self._tell(lambda observer: observer.deltas(run, count, size))
 
     def executor_started(self, handle: ExecutorHandle) -> None:
         self._tell(lambda observer: observer.executor_started(handle))

@@ -6,6 +6,7 @@ batches and says what went out; when a stream ends, what may have been lost with
 1. Results of runs that have no event waiting, and answers to commands, are urgent: they go first.
 2. Events wait in one queue per run; runs take turns, so that a flood of one delays no other. A run's result goes
    behind its own events.
+   Events that came in one (`Joined`) travel in one, and are retained so; a stream that ends amid them cuts them apart.
 3. What an event weighed is credited back to its run when the event went out: an executor has only a window of
    bytes under way per run, which bounds this object while no one reads.
 4. The protocol has no acknowledgements. A result that went out is retained, and sent again on the next stream
@@ -27,13 +28,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from supervisor.backlog import Backlog
 from supervisor.oversize import Name, Oversize, refuses_size
-from supervisor.retention import FRAMING_BYTES, Pack, Retention, messages
+from supervisor.retention import Pack, Retention, Sent, messages
 from supervisor.transport import StreamStatus
+from supervisor.transport.joined import Joined, Message, count_of, wire_size
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ class _RunQueue:
 
     def __init__(self, key: int) -> None:
         self.key = key
-        self.items: deque[tuple[bytes, int]] = deque()
+        self.items: deque[tuple[Message, int]] = deque()
         self.result: _Answer | None = None
         self.credit = 0
         self.queued = False
@@ -123,13 +125,13 @@ class _RunQueue:
         self.transient = False
         """Whether what waits in it goes with the stream."""
 
-    def put_first(self, events: Sequence[bytes]) -> None:
+    def put_first(self, events: Sequence[Message]) -> None:
         """These go again; their credit was given when they went out before."""
         self.items.extendleft((data, 0) for data in reversed(events))
 
 
 class _Taken(NamedTuple):
-    data: bytes
+    data: Message
     queue: _RunQueue | None
     weight: int
     answer: _Answer | None
@@ -139,6 +141,31 @@ class _Taken(NamedTuple):
 def _fits(size: int, room: int, taken: Sequence[_Taken]) -> bool:
     """A heartbeat waits until a batch is out, so what is larger than a batch goes alone."""
     return size <= room or not taken
+
+
+def _split(taken: list[_Taken], count: int) -> tuple[list[_Taken], list[_Taken]]:
+    """What the first `count` messages are of, and the others."""
+    for number, item in enumerate(taken):
+        own = count_of((item.data,))
+        if own > count:
+            gone, left = taken[:number], taken[number:]
+            if count and isinstance(item.data, Joined):
+                first, others = item.data.cut(count)
+                # All of its credit comes when the others have gone too.
+                gone.append(item._replace(data=first, weight=0))
+                left[0] = item._replace(data=others)
+            return gone, left
+        count -= own
+    return taken, []
+
+
+def _event(sent: Sent) -> Message:
+    """As it was when it was put."""
+    return Joined(sent.data, sent.ticket) if sent.ticket else sent.data
+
+
+def _events_in(packs: Iterable[Pack]) -> int:
+    return sum(joined or 1 for pack in packs for joined in pack.tickets)
 
 
 class Outbox:
@@ -160,6 +187,8 @@ class Outbox:
         self._queues: dict[int, _RunQueue] = {}
         self._turns: deque[_RunQueue] = deque()
         self._taken: list[_Taken] = []
+        self._places = 0
+        """How many messages the batch may still get."""
         self._taken_at = 0.0
         self._retained = Retention(DELIVERED_BYTES)
         self._events = Retention(EVENTS_BYTES)
@@ -182,8 +211,8 @@ class Outbox:
 
     # -- producers ----------------------------------------------------------------------------
 
-    def put_event(self, key: int, message: bytes, weight: int, *, transient: bool = False) -> None:
-        """Queue an event of run `key`, or a frame of a session; `weight` is what it took of the window."""
+    def put_event(self, key: int, message: Message, weight: int, *, transient: bool = False) -> None:
+        """Queue an event of run `key`, several joined, or a frame of a session; `weight` is its part of the window."""
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = _RunQueue(key)
@@ -231,30 +260,33 @@ class Outbox:
     @property
     def depth(self) -> int:
         """Messages that wait, including those being handed over."""
-        waiting = sum(len(queue.items) + (queue.result is not None) for queue in self._turns)
+        waiting = sum(
+            count_of(message for message, _ in queue.items) + (queue.result is not None) for queue in self._turns
+        )
         again = sum(map(len, self._again)) + len(self._unpacked)
-        return again + len(self._urgent) + waiting + len(self._taken)
+        return again + len(self._urgent) + waiting + count_of(item.data for item in self._taken)
 
     # -- the session --------------------------------------------------------------------------
 
-    async def take(self) -> Sequence[bytes]:
+    async def take(self) -> Sequence[Message]:
         """The next batch; waits until there is one. A batch that `accepted` did not follow is taken again."""
         if self._taken:
             self.accepted(0)
-        while not (self._urgent or self._turns or self._again or self._unpacked):
+        while not self._waits_for_turn:
             self._wake.clear()
             await self._wake.wait()
         self._just_closed = 0
         self._taken_at = self._clock()
         room = BATCH_BYTES
         taken = self._taken
-        while len(taken) < BATCH_MESSAGES:
+        self._places = BATCH_MESSAGES
+        while self._places > 0:
             answers = self._answers()
             if not answers or not _fits(answers[0].size, room, taken):
                 break
             taken.append(self._take(answers.popleft(), None))
             room -= len(taken[-1].data)
-        while self._turns and room > 0 and len(taken) < BATCH_MESSAGES:
+        while self._turns and room > 0 and self._places > 0:
             queue = self._turns.popleft()
             queue.queued = False
             room -= self._take_turn(queue, room)
@@ -262,12 +294,12 @@ class Outbox:
 
     async def flushed(self) -> None:
         """Wait until everything that was put is handed over."""
-        while self.depth:
+        while self._taken or self._waits_for_turn:
             self._handed_over.clear()
             await self._handed_over.wait()
 
     def accepted(self, count: int, unread_bytes: int = 0) -> None:
-        """The first `count` messages of the last batch went out; the rest is queued again, in order.
+        """The first `count` messages of the last batch went out, each joined one counted; the rest is queued again.
 
         Of what went out on this stream `unread_bytes` may be unread, as far as its transport can tell.
         """
@@ -275,12 +307,13 @@ class Outbox:
         limit_bytes = min(2 * unread_bytes, DELIVERED_BYTES_MAX)
         self._retained.limit_bytes = max(self._retained.limit_bytes, limit_bytes)
         now = self._clock()
-        if count < len(taken):
+        gone, left = _split(taken, count)
+        if left:
             self._was_unread = now - self._taken_at >= UNREAD_S
-            self._refused = taken[count].answer
-        for item in taken[:count]:
+            self._refused = left[0].answer
+        for item in gone:
             self._went_out(item, now)
-        for item in reversed(taken[count:]):
+        for item in reversed(left):
             self._put_back(item)
         self._settle(taken)
         self.forget_delivered()
@@ -307,7 +340,7 @@ class Outbox:
             self._note_refusal(status, results)
         if self._was_unread or (status is not None and status.silent):
             results = self._send_events_again(events, results)
-        elif doubtful := sum(len(pack) for pack in events if self._clock() - pack.sent_at < UNREAD_S):
+        elif doubtful := _events_in(pack for pack in events if self._clock() - pack.sent_at < UNREAD_S):
             log.info("%d events went out in the stream's last moment: those that were not read are lost", doubtful)
         self._again.extendleft(reversed(results))
         self._just_closed = len(results)
@@ -338,20 +371,26 @@ class Outbox:
 
     # -- inside -------------------------------------------------------------------------------
 
+    @property
+    def _waits_for_turn(self) -> bool:
+        """Whether there is anything to take."""
+        return bool(self._urgent or self._turns or self._again or self._unpacked)
+
     def _waits(self, answer: _Answer) -> None:
         self._backlog.answer_waits(answer.cost)
         self._wake.set()
 
     def _went_out(self, item: _Taken, now: float) -> None:
         data, queue, answer = item.data, item.queue, item.answer
-        self._position += len(data) + FRAMING_BYTES
+        self._position += wire_size(data)
         if answer is not None:
             self._backlog.answer_left(answer.cost)
-            if answer.ticket is not None:
+            if answer.ticket is not None and isinstance(data, bytes):
                 self._retained.add(answer.key, answer.ticket, data, self._position, now)
         elif queue is not None:
             if not queue.transient:
-                self._events.add(queue.key, 0, data, self._position, now)
+                joined, data = (data.count, data.data) if isinstance(data, Joined) else (0, data)
+                self._events.add(queue.key, joined, data, self._position, now)
             queue.credit += item.weight
 
     def _note_refusal(self, status: StreamStatus, results: Sequence[Pack]) -> None:
@@ -381,9 +420,9 @@ class Outbox:
 
         A run whose result has arrived is over, and so are its events.
         """
-        by_run: dict[int, list[bytes]] = {}
+        by_run: dict[int, list[Message]] = {}
         for sent in messages(events):
-            by_run.setdefault(sent.key, []).append(sent.data)
+            by_run.setdefault(sent.key, []).append(_event(sent))
         ends = {sent.key: sent for sent in messages(results) if sent.key in by_run}
         ends_waiting = {answer.key: answer for answer in self._urgent if answer.key in by_run}
         queues = {queue.key: queue for queue in (*self._turns, *self._queues.values())}
@@ -394,7 +433,7 @@ class Outbox:
                 continue
             queue = queue or _RunQueue(key)
             queue.put_first(items)
-            again += len(items)
+            again += count_of(items)
             if (end := ends.get(key)) is not None:
                 queue.result = _Answer(end.data, len(end.data), end.ticket, key)
                 self._waits(queue.result)
@@ -422,15 +461,17 @@ class Outbox:
                 self._keeper.forget(answer.ticket)
                 data, answer = failure, _Answer(failure, len(failure), self._keeper.keep(failure), answer.key)
                 self._backlog.answer_waits(answer.cost)
+        self._places -= 1
         return _Taken(data, queue, 0, answer)
 
     def _take_turn(self, queue: _RunQueue, room: int) -> int:
         used, allowance = 0, min(room, TURN_BYTES)
-        while queue.items and used < allowance and len(self._taken) < BATCH_MESSAGES:
+        while queue.items and used < allowance and self._places > 0:
             data, weight = queue.items.popleft()
             self._taken.append(_Taken(data, queue, weight, None))
+            self._places -= data.count if isinstance(data, Joined) else 1
             used += len(data)
-        result_is_next = queue.result is not None and not queue.items and len(self._taken) < BATCH_MESSAGES
+        result_is_next = queue.result is not None and not queue.items and self._places > 0
         if queue.result is not None and result_is_next and _fits(queue.result.size, room - used, self._taken):
             self._taken.append(self._take(queue.result, queue))
             used += len(self._taken[-1].data)

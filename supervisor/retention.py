@@ -16,12 +16,13 @@ PACK_BYTES: Final = 64 * 1024
 """A pack that has reached it is closed; a message of this size is a pack of its own, and not copied."""
 PACK_S: Final = 1.0
 """So long after its first message a pack is closed, so that those of a slow stream are let go of in time."""
-FRAMING_BYTES: Final = 5
-"""gRPC's prefix of each message; it counts in the windows of HTTP/2 as the message does."""
 
 
 class Sent(NamedTuple):
-    """A message that went out. `ticket` is the keeper's (an event has none: 0), `key` its run's."""
+    """A message that went out. `ticket` is the keeper's, `key` its run's.
+
+    An event has no ticket: the number is how many are joined in `data` (transport/joined.py), 0 for one as it is.
+    """
 
     key: int
     ticket: int

@@ -18,6 +18,7 @@ from gen_worker.pipe.messages import CancelCause, Failure
 
 if TYPE_CHECKING:
     from supervisor.executor_handle import ExecutorHandle
+    from supervisor.wire_codec import DeltaWriter
 
 SAFE_BUSY: Final = "worker busy"
 SAFE_CRASHED: Final = "worker process crashed"
@@ -43,9 +44,9 @@ class Run:
     """A run that was accepted. `key` names it on the pipe, `run_id` towards the scheduler."""
 
     __slots__ = (
-        "alone", "arrived", "cause", "file_base_url", "file_token", "fingerprint", "function", "handle", "key",
-        "model_wait_from", "models", "payload", "progress", "run_id", "started", "state", "stream_ended", "tenant_id",
-        "timeout_ms", "timer", "user_id",
+        "alone", "arrived", "cause", "deltas", "file_base_url", "file_token", "fingerprint", "function", "handle",
+        "key", "model_wait_from", "models", "payload", "progress", "run_id", "started", "state", "stream_ended",
+        "tenant_id", "timeout_ms", "timer", "user_id",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0913, PLR0917  (the request's fields, filled in at one place)
@@ -83,6 +84,8 @@ class Run:
         """Names function and payload (quarantine.py)."""
         self.alone = False
         """Whether no other run may be on its executor with it."""
+        self.deltas: DeltaWriter | None = None
+        """Writes its deltas, once several have come together."""
         self.stream_ended = False
         """Whether an incremental run has said how its output ended."""
         self.progress = b""

@@ -34,6 +34,7 @@ from supervisor.redial import Redial
 from supervisor.stream_end import StreamEnd, age, description, shown
 from supervisor.targets import MalformedRedirect, redirect_target
 from supervisor.transport import StatusCode, Stream, StreamClosed, StreamStatus, Transport
+from supervisor.transport.joined import Message, count_of
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ CLOSE_GRACE_S: Final = 2.0
 class Outgoing(Protocol):
     """Where messages come from: the outbox."""
 
-    async def take(self) -> Sequence[bytes]:
+    async def take(self) -> Sequence[Message]:
         """Wait for the next batch, what is most urgent first. Canceled while it waits, it takes nothing.
 
         A heartbeat waits until the batch is out, so a batch is bounded: 256 KiB, or one message that is larger.
@@ -58,9 +59,9 @@ class Outgoing(Protocol):
         ...
 
     def accepted(self, count: int, unread_bytes: int) -> None:
-        """The first `count` messages of the last batch went out; the rest was not handed over. Follows every take.
+        """The first `count` messages of the last batch went out, each joined one counted; the rest was not handed over.
 
-        The scheduler may not have read `unread_bytes` of what went out (see Stream.unread_bytes).
+        Follows every take. The scheduler may not have read `unread_bytes` of what went out (see Stream.unread_bytes).
         """
 
     def stream_opened(self) -> None:
@@ -390,7 +391,7 @@ class Session:
             try:
                 async with link.turn:
                     await link.stream.send(batch)
-                accepted = len(batch)
+                accepted = count_of(batch)
             except StreamClosed as closed:
                 accepted = closed.accepted
                 raise

@@ -47,12 +47,12 @@ class _Sample(NamedTuple):
 class _FunctionCounters:
     """The children of one function's labels: looking them up anew would be most of what a report costs."""
 
-    __slots__ = ("delta", "delta_bytes", "outcomes", "seconds")
+    __slots__ = ("delta_bytes", "deltas", "outcomes", "seconds")
 
     def __init__(self, metrics: Metrics, function: str) -> None:
         label = metrics.function_label(function)
         self.seconds = metrics.run_seconds.labels(label).observe
-        self.delta = metrics.deltas.labels(label).inc
+        self.deltas = metrics.deltas.labels(label).inc
         self.delta_bytes = metrics.delta_bytes.labels(label).inc
         self.outcomes: dict[str, Callable[[], None]] = {}
 
@@ -119,11 +119,11 @@ class Telemetry(Observer):
         if failure is not None and outcome not in _QUIET:
             self._fault("run", f"{run.function} {run.run_id}", f"{outcome}: {failure.safe_message}")
 
-    def delta(self, run: Run, size: int) -> None:
+    def deltas(self, run: Run, count: int, size: int) -> None:
         counters = self._of(run.function)
-        counters.delta()
+        counters.deltas(count)
         counters.delta_bytes(size)
-        self._deltas += 1
+        self._deltas += count
 
     def executor_started(self, handle: ExecutorHandle) -> None:
         if handle.incarnation:

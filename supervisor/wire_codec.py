@@ -5,13 +5,19 @@ Owns: nothing. The rest of the supervisor sees generated messages only as what `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
 from google.protobuf.message import DecodeError
 
 from gen_worker.pipe.messages import Failure
 from gen_worker.wire import worker_scheduler_pb2 as pb
+from supervisor.transport.joined import PREFIX, Joined
 
 SAFE_MESSAGE_MAX_CHARS = 500
 """The protocol's limit for what end users may see."""
+SIZES_KEPT: Final = 256
+"""Different sizes of deltas in one run whose surroundings are kept; some 100 bytes each."""
 
 
 class WireError(Exception):
@@ -44,6 +50,48 @@ def encode_result(run_id: str, output: bytes, failure: Failure | None) -> bytes:
 def encode_event(run_id: str, event_type: str, payload_json: bytes) -> bytes:
     event = pb.WorkerEvent(run_id=run_id, event_type=event_type, payload_json=payload_json)
     return pb.WorkerSchedulerMessage(worker_event=event).SerializeToString()
+
+
+class DeltaWriter(dict[int, bytes]):
+    """Writes deltas of one run as they lie on the stream: a prefix, and what `encode_event` makes of it, byte for byte.
+
+    What goes before a payload depends on its size alone. It is kept by size, since protobuf's objects take longer than
+    everything else that is done for a delta here.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__()
+        self._names = pb.WorkerEvent(run_id=run_id, event_type="output.delta").SerializeToString()
+
+    def join(self, payloads: Sequence[bytes]) -> Joined:
+        return Joined(b"".join([part for data in payloads for part in (self[len(data)], data)]), len(payloads))
+
+    def __missing__(self, size: int) -> bytes:
+        event = self._names + (_PAYLOAD_TAG + _varint(size) if size else b"")
+        message = _EVENT_TAG + _varint(len(event) + size) + event
+        head = PREFIX.pack(0, len(message) + size) + message
+        if len(self) < SIZES_KEPT:
+            self[size] = head
+        return head
+
+
+def _tag(field: int) -> bytes:
+    """What protobuf writes before the length of a field that has one."""
+    return _varint(field << 3 | 2)
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits to a byte, the lowest first; the eighth says that more follow."""
+    data = bytearray()
+    while rest := value >> 7:
+        data.append(value & 0x7F | 0x80)
+        value = rest
+    data.append(value)
+    return bytes(data)
+
+
+_EVENT_TAG: Final = _tag(pb.WorkerSchedulerMessage.WORKER_EVENT_FIELD_NUMBER)
+_PAYLOAD_TAG: Final = _tag(pb.WorkerEvent.PAYLOAD_JSON_FIELD_NUMBER)
 
 
 def encode_load_result(model_id: str, error: str) -> bytes:

@@ -8,7 +8,7 @@ one run can't be taken for another that reuses its `run_id`.
 
     supervisor -> executor              executor -> supervisor
     Init        once, first             Ready       once, when it can take runs
-    Run, Cancel, Credit                 Event, Result
+    Run, Cancel, Credit                 Event, Deltas, Result
     SocketOpen                          Event, Result
     SocketFrame, SocketClose            SocketFrame, SocketClose
     SocketCredit                        SocketCredit
@@ -21,7 +21,7 @@ one run can't be taken for another that reuses its `run_id`.
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -34,6 +34,9 @@ EVENT_OVERHEAD_BYTES: Final = 256
 It is what a tiny one costs the supervisor while it waits: the wire's message around it and the objects that hold that.
 A frame of a realtime session counts the same.
 """
+
+DELTAS_BYTES: Final = 16 * 1024
+"""What deltas that go together weigh at most, by the same count."""
 
 ErrorType = Literal["validation", "retryable", "resource", "canceled", "fatal", "auth", "internal", "timeout"]
 """The error types that the scheduler knows."""
@@ -251,6 +254,14 @@ class Event(msgspec.Struct, frozen=True, array_like=True, tag=21, rename={"type"
     """UTF-8 JSON, as the scheduler gets it."""
 
 
+class Deltas(msgspec.Struct, frozen=True, array_like=True, tag=30):
+    """Several `output.delta` events of a run, one right behind the other; a single one goes as an Event."""
+
+    key: int
+    payloads: Annotated[tuple[bytes, ...], msgspec.Meta(min_length=1, max_length=DELTAS_BYTES // EVENT_OVERHEAD_BYTES)]
+    """Each as in Event."""
+
+
 class Result(msgspec.Struct, frozen=True, array_like=True, tag=22):
     """The end of a run, or of a session's handler (without output)."""
 
@@ -329,7 +340,7 @@ Downward = (
     | SocketOpen | SocketFrame | SocketClose | SocketCredit
 )  # fmt: skip
 Upward = (
-    Ready | Event | Result | ModelLoaded | ModelUnloaded | Fatal | Free | FetchFile | StoreFile | Memory
+    Ready | Event | Deltas | Result | ModelLoaded | ModelUnloaded | Fatal | Free | FetchFile | StoreFile | Memory
     | SocketFrame | SocketClose | SocketCredit
 )  # fmt: skip
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
+from supervisor.transport.joined import Message
+
 
 class StatusCode(IntEnum):
     """gRPC's status codes (grpc/status in the gRPC documentation)."""
@@ -51,7 +53,7 @@ class StreamStatus:
 class StreamClosed(Exception):
     """The stream has ended; `status` says how.
 
-    `accepted` is set by `send`: that many messages of the batch went out before the end.
+    `accepted` is set by `send`: that many messages of the batch went out before the end, each joined one counted.
     """
 
     def __init__(self, status: StreamStatus, accepted: int = 0) -> None:
@@ -78,7 +80,7 @@ class Stream(Protocol):
         Raises StreamClosed when the stream ends before.
         """
 
-    async def send(self, messages: Sequence[bytes]) -> None:
+    async def send(self, messages: Sequence[Message]) -> None:
         """Hand messages over in order; waits while the scheduler reads too slowly. Other tasks get their turn.
 
         Raises StreamClosed, with `accepted` set; its status is the scheduler's if that ended the stream, also when a

@@ -26,6 +26,7 @@ from grpc import aio
 
 from gen_worker.wire import METHOD, TRANSPORT_LIMIT_BYTES
 from supervisor.transport import StatusCode, StreamClosed, StreamStatus, TlsFiles
+from supervisor.transport.joined import Message, apart, count_of
 from supervisor.transport.tls import ca_file, tls_context
 
 log = logging.getLogger(__name__)
@@ -136,10 +137,10 @@ class GrpcioStream:
         if self._status is not None and not self._answered:
             raise StreamClosed(self._status)
 
-    async def send(self, messages: Sequence[bytes]) -> None:
+    async def send(self, messages: Sequence[Message]) -> None:
         accepted = 0
         try:
-            for message in messages:
+            for message in apart(messages):
                 if self._call.done():
                     break
                 await self._write(message)
@@ -149,7 +150,7 @@ class GrpcioStream:
         except asyncio.CancelledError:
             self._call.cancel()  # whether the message at hand is out is not known: nothing may follow it
             raise
-        if accepted < len(messages):
+        if accepted < count_of(messages):
             # The status comes behind the last message, which the reader must take though nobody receives: a session
             # may wait for room that only this answer gives it. What is left is little, since nothing more comes.
             self._over = True

@@ -14,8 +14,9 @@ from hyperframe.frame import DataFrame, GoAwayFrame, HeadersFrame, PingFrame, Rs
 from gen_worker.wire import METHOD
 from supervisor.transport import StatusCode, Stream, StreamClosed, StreamStatus
 from supervisor.transport.h2.dial import H2Transport
-from supervisor.transport.h2.inbox import INBOX_BYTES, PREFIX_BYTES
+from supervisor.transport.h2.inbox import INBOX_BYTES
 from supervisor.transport.h2.stream import FRAME_BYTES, MESSAGE_BYTES, WINDOW_BYTES
+from supervisor.transport.joined import PREFIX_BYTES, Joined, Message
 from tests.support.http2_peer import (
     ANSWER,
     OK,
@@ -278,10 +279,14 @@ async def test_close_says_goodbye() -> None:
 # -- flow control ---------------------------------------------------------------------------------
 
 
-async def test_what_the_windows_let_go_is_what_is_accepted() -> None:
+@pytest.mark.parametrize("joined", [1, 3, 99], ids="joined by {}".format)
+async def test_what_the_windows_let_go_is_what_is_accepted(joined: int) -> None:
     message = b"m" * (1000 - PREFIX_BYTES)
+    messages: list[Message] = [message] * 100
+    if joined > 1:
+        messages = [message, *[Joined.of([message] * joined)] * (99 // joined), *[message] * (99 % joined)]
     async with call() as (stream, peer):
-        sending = asyncio.create_task(stream.send([message] * 100))
+        sending = asyncio.create_task(stream.send(messages))
         await eventually(lambda: len(peer.received) == DEFAULT_WINDOW)
         peer.send(window(3000))  # the connection's window is as small
         await settled(lambda: len(peer.received), quiet_s=0.05)

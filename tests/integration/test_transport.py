@@ -15,6 +15,7 @@ from gen_worker.wire import METHOD
 from supervisor.dial_hints import hint
 from supervisor.transport import StatusCode, Stream, StreamClosed, TlsFiles, Transport
 from supervisor.transport.grpcio import INBOX_BYTES, INBOX_MESSAGES
+from supervisor.transport.joined import Joined, Message, apart, count_of
 from tests.support.stream_server import Dial, eventually, serving, settled
 from tests.support.transports import TransportFactory
 
@@ -76,6 +77,16 @@ async def test_messages_of_all_sizes_pass_both_ways_in_order(make_transport: Tra
             echoed += await stream.receive()
         await sending
         assert echoed == messages
+
+
+async def test_joined_messages_arrive_as_they_were(make_transport: TransportFactory) -> None:
+    messages: list[Message] = [b"a", Joined.of([b"b", b"", b"c" * 100_000]), b"d", Joined.of([b"e"])]
+    async with serving(echo) as server, opened(make_transport(), server.address) as stream:
+        await stream.send(messages)
+        echoed: list[bytes] = []
+        while len(echoed) < count_of(messages):
+            echoed += await stream.receive()
+        assert echoed == list(apart(messages))
 
 
 async def test_the_method_and_the_metadata_reach_the_server(make_transport: TransportFactory) -> None:

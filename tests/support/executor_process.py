@@ -21,6 +21,7 @@ from gen_worker.pipe.messages import (
     PIPE_PROTOCOL,
     Cancel,
     CancelCause,
+    Deltas,
     Downward,
     Event,
     Fatal,
@@ -132,6 +133,9 @@ class ExecutorProcess:
             message = decode_upward(body)
             if isinstance(message, Event):
                 self.events.setdefault(message.key, []).append(message)
+            if isinstance(message, Deltas):
+                joined = [Event(message.key, "output.delta", payload) for payload in message.payloads]
+                self.events.setdefault(message.key, []).extend(joined)
             if isinstance(message, Free):
                 self._down.free(message.offset)
                 self.freed.append(message.offset)

@@ -40,6 +40,7 @@ from supervisor.model_source import FetchProgress, LocalModel
 from supervisor.observer import Observer
 from supervisor.residency import Residency
 from supervisor.transfers.messages import ReplyT, RequestBody
+from supervisor.transport.joined import apart, count_of
 
 
 @dataclass
@@ -283,8 +284,8 @@ class Rig:
             try:
                 step.send(None)
             except StopIteration as stop:
-                found += [pb.WorkerSchedulerMessage.FromString(message) for message in stop.value]
-                outbox.accepted(len(stop.value))
+                found += [pb.WorkerSchedulerMessage.FromString(message) for message in apart(stop.value)]
+                outbox.accepted(count_of(stop.value))
             else:
                 step.close()
                 raise AssertionError("the outbox has messages and gives none")

@@ -14,11 +14,13 @@ import pytest
 from gen_worker.pipe.arena import BLOB_THRESHOLD_BYTES, ArenaReader, ArenaWriter, create_arena
 from gen_worker.pipe.frames import FRAME_CAP_BYTES
 from gen_worker.pipe.messages import (
+    DELTAS_BYTES,
     EVENT_OVERHEAD_BYTES,
     PIPE_PROTOCOL,
     Blob,
     Cancel,
     Credit,
+    Deltas,
     Event,
     Failure,
     Fatal,
@@ -1003,6 +1005,45 @@ async def test_events_precede_the_result_and_are_credited_when_they_went_out(mak
     executor.succeed("r0", b"")
     assert [message.WhichOneof("msg") for message in rig.messages()] == ["worker_event", "run_result"]
     assert len(executor.sent(Credit)) == 1, "a run that has ended needs no credit"
+
+
+async def test_deltas_that_come_together_go_out_as_events_in_order(make: MakeRig) -> None:
+    rig = make([function("f", "async_generator")])
+    (executor,) = rig.executors
+    rig.submit("r0")
+    key = executor.key_of("r0")
+    executor.say(Event(key, "output.delta", b"0"))
+    executor.say(Deltas(key, (b"11", b"", b"2")))
+    executor.say(Event(key, "job.log", b"{}"))
+    executor.succeed("r0", b"")
+    *events, result = rig.messages()
+    assert [(message.worker_event.event_type, message.worker_event.payload_json) for message in events] == [
+        ("output.delta", b"0"), ("output.delta", b"11"), ("output.delta", b""), ("output.delta", b"2"),
+        ("job.log", b"{}"),
+    ]  # fmt: skip
+    assert {message.worker_event.run_id for message in events} == {"r0"}
+    assert result.run_result.success
+
+
+async def test_deltas_are_credited_like_events(make: MakeRig) -> None:
+    rig = make([function("f", "async_generator")])
+    (executor,) = rig.executors
+    rig.submit("r0")
+    key = executor.key_of("r0")
+    executor.say(Deltas(key, (b"11", b"", b"2")))
+    rig.messages()
+    assert executor.sent(Credit) == [Credit(key, 3 + 3 * EVENT_OVERHEAD_BYTES)]
+
+
+@pytest.mark.parametrize("count", [0, DELTAS_BYTES // EVENT_OVERHEAD_BYTES + 1])
+async def test_more_deltas_at_once_than_there_may_be_end_their_executor(make: MakeRig, count: int) -> None:
+    rig = make([function("f", "async_generator")])
+    (executor,) = rig.executors
+    rig.submit("r0")
+    executor.say(Deltas(executor.key_of("r0"), (b"",) * count))
+    assert executor.child.killed
+    assert "a message that is not one" in executor.child.killed[0]
+    assert rig.messages() == []
 
 
 async def test_credits_go_to_the_executor_of_the_run(make: MakeRig) -> None:

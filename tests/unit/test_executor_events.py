@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from executor.events import EVENT_CAP_BYTES, EventStream
+from executor.events import DELTA, EVENT_CAP_BYTES, EventStream
 from gen_worker.errors import RunCanceled, ValidationError, WorkerError
-from gen_worker.pipe.messages import EVENT_OVERHEAD_BYTES, Event, Upward
+from gen_worker.pipe.messages import DELTAS_BYTES, EVENT_OVERHEAD_BYTES, Deltas, Event, Upward
 
 PAYLOAD = b"x" * 36
 WEIGHT = len(PAYLOAD) + EVENT_OVERHEAD_BYTES
@@ -115,3 +115,84 @@ def test_an_event_over_the_cap_is_refused() -> None:
     with pytest.raises(ValidationError, match="at most"):
         events.put("a", b"x" * (EVENT_CAP_BYTES + 1))
     assert sent == []
+
+
+# -- deltas ------------------------------------------------------------------------------------------
+
+
+def test_a_delta_that_follows_when_the_last_one_left_goes_at_once() -> None:
+    events, sent = stream(10 * WEIGHT)
+    for count in range(1, 4):
+        events.put(DELTA, PAYLOAD)
+        assert sent == [Event(1, DELTA, PAYLOAD)] * count
+        events.credit(WEIGHT)
+
+
+def test_deltas_that_follow_one_under_way_go_together_at_a_credit() -> None:
+    events, sent = stream(10 * WEIGHT)
+    for number in range(4):
+        events.put(DELTA, b"%d" % number)
+    assert sent == [Event(1, DELTA, b"0")]
+    events.credit(1 + EVENT_OVERHEAD_BYTES)
+    assert sent[1:] == [Deltas(1, (b"1", b"2", b"3"))]
+
+
+def test_deltas_go_when_they_weigh_enough_and_never_more() -> None:
+    events, sent = stream(2**20)
+    sizes = [0, 10, 0, 12_000, 3_000, 3_000, 50_000, *[0] * 200]
+    for size in sizes:
+        events.put(DELTA, bytes(size))
+    events.close()
+    went = [[m.payload] if isinstance(m, Event) else m.payloads for m in sent if isinstance(m, Event | Deltas)]
+    assert [len(payload) for payloads in went for payload in payloads] == sizes
+    assert all(
+        sum(map(len, payloads)) + EVENT_OVERHEAD_BYTES * len(payloads) <= DELTAS_BYTES
+        for payloads in went
+        if len(payloads) > 1
+    )
+    assert len(went) < 12
+
+
+def test_other_events_are_not_held_and_keep_their_place() -> None:
+    events, sent = stream(10 * WEIGHT)
+    for event_type in (DELTA, DELTA, "job.log", DELTA):
+        events.put(event_type, PAYLOAD)
+    assert sent == [Event(1, DELTA, PAYLOAD), Event(1, DELTA, PAYLOAD), Event(1, "job.log", PAYLOAD)]
+    events.close(("output.completed", b"{}"))
+    assert sent[3:] == [Event(1, DELTA, PAYLOAD), Event(1, "output.completed", b"{}")]
+
+
+def test_a_thread_that_waits_for_room_holds_nothing() -> None:
+    events, sent = stream(2 * WEIGHT)
+    events.put(DELTA, PAYLOAD)
+    events.put(DELTA, PAYLOAD)
+    assert len(sent) == 1
+    thread = threading.Thread(target=events.put, args=(DELTA, PAYLOAD))
+    thread.start()
+    thread.join(0.02)
+    assert thread.is_alive()
+    assert len(sent) == 2
+    events.credit(2 * WEIGHT)
+    thread.join(10)
+    assert len(sent) == 3
+
+
+async def test_a_coroutine_that_waits_for_room_holds_nothing() -> None:
+    events, sent = stream(2 * WEIGHT)
+    await events.put_async(DELTA, PAYLOAD)
+    await events.put_async(DELTA, PAYLOAD)
+    task = asyncio.create_task(events.put_async(DELTA, PAYLOAD))
+    await asyncio.sleep(0)
+    assert len(sent) == 2
+    events.credit(2 * WEIGHT)
+    await asyncio.wait_for(task, 10)
+    assert len(sent) == 3
+
+
+def test_what_is_held_can_be_flushed() -> None:
+    events, sent = stream(10 * WEIGHT)
+    for _ in range(3):
+        events.put(DELTA, PAYLOAD)
+    events.flush()
+    events.flush()
+    assert sent == [Event(1, DELTA, PAYLOAD), Deltas(1, (PAYLOAD, PAYLOAD))]

@@ -82,6 +82,7 @@ UP: list[tuple[Any, list[Any]]] = [
         ],
     ),
     (m.Event(7, "job.progress", b"{}"), [21, 7, "job.progress", b"{}"]),
+    (m.Deltas(7, (b"{}", b"[]")), [30, 7, [b"{}", b"[]"]]),
     (m.Result(7, b"out"), [22, 7, b"out", None, False, False]),
     (m.Result(7, poisoned=True), [22, 7, b"", None, True, False]),
     (m.Result(7, m.Blob(0, 1048576)), [22, 7, [0, 1048576], None, False, False]),

@@ -25,6 +25,7 @@ from supervisor.outbox import (
 )
 from supervisor.retention import PACK_BYTES
 from supervisor.transport import StatusCode, StreamStatus
+from supervisor.transport.joined import Joined, Message, apart, count_of
 
 
 class Box:
@@ -41,8 +42,8 @@ class Box:
         self.calls += 1
 
     def take(self) -> list[bytes]:
-        """A batch that is there without waiting."""
-        return list(take_now(self.outbox))
+        """A batch that is there without waiting, each message for itself."""
+        return list(apart(take_now(self.outbox)))
 
     def send_all(self) -> list[bytes]:
         """Hand everything over to a stream that takes it."""
@@ -55,12 +56,12 @@ class Box:
         return sent
 
 
-def take_now(outbox: Outbox) -> Sequence[bytes]:
+def take_now(outbox: Outbox) -> Sequence[Message]:
     step = outbox.take()
     try:
         step.send(None)
     except StopIteration as stop:
-        taken: Sequence[bytes] = stop.value
+        taken: Sequence[Message] = stop.value
         return taken
     step.close()
     raise AssertionError("take waits")
@@ -477,6 +478,53 @@ def test_credits_are_what_went_out_in_one_call_per_run_and_batch(box: Box) -> No
     assert box.credits == {1: 5000, 2: 350}
 
 
+# -- joined events ------------------------------------------------------------------------------
+
+JOINED = Joined.of([b"a", b"b", b"c"])
+
+
+def test_joined_events_travel_in_one_and_count_as_what_they_are(box: Box) -> None:
+    box.outbox.put_event(1, b"e", 10)
+    box.outbox.put_event(1, JOINED, 30)
+    box.outbox.put_result(1, b"r")
+    assert box.outbox.depth == 5
+    batch = take_now(box.outbox)
+    assert batch == [b"e", JOINED, b"r"]
+    box.outbox.accepted(count_of(batch))
+    assert box.credits == {1: 40}
+    assert box.outbox.depth == 0
+
+
+@pytest.mark.parametrize("accepted", [1, 2, 3, 4])
+def test_a_stream_that_ends_amid_joined_events_cuts_them_apart(box: Box, accepted: int) -> None:
+    box.outbox.put_event(1, b"e", 10)
+    box.outbox.put_event(1, JOINED, 30)
+    box.outbox.put_result(1, b"r")
+    messages = box.take()
+    box.outbox.accepted(accepted)
+    assert box.credits == {1: 40 if accepted == 4 else 10}
+    box.outbox.stream_closed()
+    assert box.send_all() == messages[accepted:]
+    assert box.credits == {1: 40}
+
+
+def test_joined_events_that_were_not_read_go_again(box: Box, caplog: pytest.LogCaptureFixture) -> None:
+    box.outbox.put_event(1, JOINED, 30)
+    box.outbox.put_event(1, b"d", 10)
+    box.send_all()
+    stuck(box)
+    box.outbox.stream_closed()
+    assert "4 events are sent again" in caplog.text
+    assert box.send_all() == [b"stuck", b"a", b"b", b"c", b"d"]
+    assert box.credits == {1: 40}, "their credit was given when they went out first"
+
+
+def test_a_batch_is_bounded_by_the_messages_in_it(box: Box) -> None:
+    for _ in range(100):
+        box.outbox.put_event(1, Joined.of([b"x"] * 50), 50)
+    assert BATCH_MESSAGES <= len(box.take()) < BATCH_MESSAGES + 50
+
+
 # -- any order of things ------------------------------------------------------------------------
 
 KEYS = st.integers(1, 5)
@@ -532,6 +580,15 @@ class OutboxMachine(RuleBasedStateMachine):
         self.weights[key] += weight
         self.box.outbox.put_event(key, message, weight)
 
+    @rule(slot=KEYS, sizes=st.lists(st.integers(0, 60), min_size=1, max_size=4), weight=st.integers(1, 500))
+    def put_joined(self, slot: int, sizes: list[int], weight: int) -> None:
+        key = self.names[slot]
+        queue = self.events.setdefault(key, [])
+        messages = [b"E %d %d " % (key, number) + b"x" * size for number, size in enumerate(sizes, len(queue))]
+        queue += messages
+        self.weights[key] += weight
+        self.box.outbox.put_event(key, Joined.of(messages), weight)
+
     @rule(slot=KEYS, size=st.integers(0, 500))
     def put_result(self, slot: int, size: int) -> None:
         key = self.names[slot]
@@ -552,7 +609,7 @@ class OutboxMachine(RuleBasedStateMachine):
         self.batch = self.box.take()
         self.taken_at = self.box.now
         assert self.batch
-        assert len(self.batch) <= 6
+        assert len(self.batch) <= 6 + 3, "only the last may be joined ones that are too many"
 
     @precondition(lambda self: self.batch is not None)
     @rule(share=st.floats(0, 1))

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gen_worker.pipe.messages import Event, Failure, Fatal, ModelLoaded, Result
+from gen_worker.pipe.messages import Deltas, Event, Failure, Fatal, ModelLoaded, Result
 from supervisor import metrics as module
 from supervisor.child import ExitCause
 from supervisor.executor_handle import ExecutorHandle
@@ -66,12 +66,13 @@ async def test_a_run_is_counted_with_what_it_waited_for(rig: Rig, telemetry: Tel
     rig.submit("r1", "g")
     key = rig.executors[0].key_of("r1")
     rig.executors[0].say(Event(key, "output.delta", b'{"text":"ab"}'))
+    rig.executors[0].say(Deltas(key, (b'{"text":"cd"}', b"{}")))
     rig.executors[0].say(Event(key, "job.progress", b'{"progress":0.5}'))
     rig.executors[0].succeed("r1")
     assert value(telemetry, "runs_total", function="g", outcome="success") == 1
     assert value(telemetry, "run_seconds_count", function="g") == 1
-    assert value(telemetry, "run_deltas_total", function="g") == 1
-    assert value(telemetry, "run_delta_bytes_total", function="g") == len('{"text":"ab"}')
+    assert value(telemetry, "run_deltas_total", function="g") == 3
+    assert value(telemetry, "run_delta_bytes_total", function="g") == len('{"text":"ab"}{"text":"cd"}{}')
     assert value(telemetry, "run_queue_seconds_count") == 1
     assert value(telemetry, "run_model_wait_seconds_count") == 0
     assert telemetry.faults == []

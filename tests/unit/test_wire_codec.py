@@ -10,6 +10,8 @@ from gen_worker.pipe.messages import Failure
 from gen_worker.wire import worker_scheduler_pb2 as pb
 from supervisor.wire_codec import (
     SAFE_MESSAGE_MAX_CHARS,
+    SIZES_KEPT,
+    DeltaWriter,
     WireError,
     decode,
     encode_event,
@@ -55,6 +57,25 @@ def test_event() -> None:
     assert decode(encode_event("r1", "output.delta", b'{"a":1}')) == pb.WorkerSchedulerMessage(
         worker_event=pb.WorkerEvent(run_id="r1", event_type="output.delta", payload_json=b'{"a":1}')
     )
+
+
+SIZES = st.one_of(st.integers(0, 300), st.integers(16_000, 16_500), st.sampled_from([2**14 - 1, 2**14, 2**21]))
+
+
+@given(st.text(max_size=300), st.lists(SIZES.map(bytes) | st.binary(max_size=200), min_size=1, max_size=8))
+def test_joined_deltas_are_what_protobuf_makes_of_each(run_id: str, payloads: list[bytes]) -> None:
+    writer = DeltaWriter(run_id)
+    for _ in range(2):  # the second time what is kept is used
+        joined = writer.join(payloads)
+        assert list(joined) == [encode_event(run_id, "output.delta", payload) for payload in payloads]
+        assert joined.count == len(payloads)
+
+
+def test_what_is_kept_of_deltas_is_bounded() -> None:
+    writer = DeltaWriter("r1")
+    for size in range(2 * SIZES_KEPT):
+        assert list(writer.join([bytes(size)])) == [encode_event("r1", "output.delta", bytes(size))]
+    assert len(writer) == SIZES_KEPT
 
 
 @pytest.mark.parametrize("error", ["", "no such model"])

@@ -10,23 +10,15 @@ whole yet are not held: it may be larger than any window.
 
 from __future__ import annotations
 
-import struct
 from typing import Final
 
 from supervisor.transport import StatusCode, StreamStatus
+from supervisor.transport.joined import PREFIX, PREFIX_BYTES
 
 INBOX_BYTES: Final = 4 * 1024 * 1024
 INBOX_MESSAGES: Final = 1024
 """At either bound messages are no longer cut, so that tiny ones don't pile up as objects; the one that reaches it is
 still cut."""
-PREFIX_BYTES: Final = 5
-
-_PREFIX: Final = struct.Struct(">BL")
-
-
-def prefix(message: bytes) -> bytes:
-    """What goes before a message."""
-    return _PREFIX.pack(0, len(message))
 
 
 class Inbox:
@@ -101,7 +93,7 @@ class Inbox:
             self._head = head
             return len(data)
         self._head = b""
-        flag, length = _PREFIX.unpack(head)
+        flag, length = PREFIX.unpack(head)
         if flag:
             reason = "the scheduler sent a compressed message, and this worker takes none"
             self.error = StreamStatus(StatusCode.INTERNAL, f"{reason} (flag {flag})")

@@ -43,7 +43,7 @@ from gen_worker.wire import TRANSPORT_LIMIT_BYTES
 from supervisor.transport import StatusCode, StreamClosed, StreamStatus
 from supervisor.transport.h2.connection import CallConnection
 from supervisor.transport.h2.frames import GOAWAY, BadFrame, FrameCutter, Goaway, type_of
-from supervisor.transport.h2.inbox import PREFIX_BYTES, Inbox, prefix
+from supervisor.transport.h2.inbox import Inbox
 from supervisor.transport.h2.keepalive import KEEPALIVE_S, KEEPALIVE_TIMEOUT_S, Keepalive
 from supervisor.transport.h2.statuses import (
     headers_of,
@@ -52,6 +52,7 @@ from supervisor.transport.h2.statuses import (
     status_of_reset,
     status_of_trailers,
 )
+from supervisor.transport.joined import Joined, Message, count_of, prefix, wire_size
 
 log = logging.getLogger(__name__)
 # At debug it logs every header as it encodes it, the token's among them, in plain and in Huffman's code.
@@ -162,8 +163,7 @@ class H2Stream(asyncio.Protocol):
         if self._status is not None and not self._got_message:
             raise StreamClosed(self._status)
 
-    async def send(self, messages: Sequence[bytes]) -> None:
-        ends = list(accumulate(PREFIX_BYTES + len(message) for message in messages))
+    async def send(self, messages: Sequence[Message]) -> None:
         before = self._sent
         if self._closing:
             await self._until(lambda: False)
@@ -177,7 +177,7 @@ class H2Stream(asyncio.Protocol):
                 await asyncio.sleep(0)
                 self._sent_in_turn = self._sent
         except StreamClosed as closed:
-            raise StreamClosed(closed.status, bisect_right(ends, self._sent - before)) from None
+            raise StreamClosed(closed.status, _whole_within(messages, self._sent - before)) from None
         except asyncio.CancelledError:
             self._cancel(_CLOSED)  # whether the message at hand is out is not known: nothing may follow it
             raise
@@ -491,10 +491,22 @@ def _connection() -> CallConnection:
     return http
 
 
-def _packed(messages: Sequence[bytes]) -> Iterator[memoryview]:
+def _whole_within(messages: Sequence[Message], size: int) -> int:
+    """How many messages the first `size` bytes of these hold to their end."""
+    whole = bisect_right(list(accumulate(map(wire_size, messages))), size)
+    count = count_of(messages[:whole])
+    if whole < len(messages) and isinstance(cut := messages[whole], Joined):
+        count += cut.whole_within(size - sum(map(wire_size, messages[:whole])))
+    return count
+
+
+def _packed(messages: Sequence[Message]) -> Iterator[memoryview]:
     """The messages with their prefixes, small ones joined. Raises StreamClosed before one that is too large."""
     small: list[bytes] = []
     for message in messages:
+        if isinstance(message, Joined):
+            small.append(message.data)
+            continue
         if len(message) > MESSAGE_BYTES:
             yield memoryview(b"".join(small))
             reason = f"a message of {len(message)} bytes can't be sent; {MESSAGE_BYTES} are the most"
