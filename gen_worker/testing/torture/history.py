@@ -47,6 +47,8 @@ class Arrival(NamedTuple):
     place: int = -1
     """A delta's place in its run; -1: not a delta, or one that is not this run's."""
     outcome: Outcome | None = None
+    made_at: float = 0.0
+    """When a delta was made, as its function says."""
 
 
 class Writing(NamedTuple):

@@ -269,7 +269,7 @@ class WorkerProcess:
             if ours and (record.exc or record.level == "critical" or record.logger == "asyncio"):
                 text = f"{record.message} {record.exc}".strip()
                 self._history.trouble.append(f"the log says {record.level}: {text[-_MAX_TROUBLE:]}")
-            if record.logger == "supervisor.outbox" and "events are sent again" in record.message:
+            if record.logger == "supervisor.outbox" and "are sent again" in record.message:
                 self._history.resendings += 1
             if "defect in the executor" in record.message:
                 self._history.trouble.append(f"the log says {record.message[:_MAX_TROUBLE]}")
