@@ -51,7 +51,9 @@ DELIVERED_BYTES_MAX: Final = 64 * 1024 * 1024
 """Where a transport sees a larger window it is twice that, up to this: a grpcio server's grows with the rate, and
 18 MiB were seen unread over h2."""
 EVENTS_BYTES: Final = 16 * 1024 * 1024
-"""The same for events: here too much means repeats, so it is what a window holds, not twice that."""
+"""The same for events: here too much may mean repeats, so it is what a window holds, not twice that."""
+EVENTS_BYTES_MAX: Final = 32 * 1024 * 1024
+"""Where a transport sees a larger window it is half as much again, up to this."""
 DELIVERED_S: Final = 60.0
 """Twice what keepalive (20 s, then 10 s for the answer) needs to notice a broken connection."""
 UNREAD_S: Final = 0.25
@@ -275,8 +277,8 @@ class Outbox:
         Of what went out on this stream `unread_bytes` may be unread, as far as its transport can tell.
         """
         taken, self._taken = self._taken, []
-        limit_bytes = min(2 * unread_bytes, DELIVERED_BYTES_MAX)
-        self._retained.limit_bytes = max(self._retained.limit_bytes, limit_bytes)
+        self._retained.limit_bytes = max(self._retained.limit_bytes, min(2 * unread_bytes, DELIVERED_BYTES_MAX))
+        self._events.limit_bytes = max(self._events.limit_bytes, min(unread_bytes * 3 // 2, EVENTS_BYTES_MAX))
         now = self._clock()
         if count < len(taken):
             self._was_unread = now - self._taken_at >= UNREAD_S
@@ -292,7 +294,7 @@ class Outbox:
     def stream_opened(self) -> None:
         """A new stream stands; what must go again was queued when the last one closed."""
         self._was_unread, self._refused = False, None
-        self._retained.limit_bytes = DELIVERED_BYTES
+        self._retained.limit_bytes, self._events.limit_bytes = DELIVERED_BYTES, EVENTS_BYTES
 
     def stream_closed(self, status: StreamStatus | None = None, unread: Unread | None = None) -> None:
         """What the stream may have swallowed is sent again, before anything newer: results, and unread events.

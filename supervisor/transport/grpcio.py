@@ -29,7 +29,7 @@ from grpc import aio
 from gen_worker.wire import METHOD, TRANSPORT_LIMIT_BYTES
 from supervisor.transport import StatusCode, StreamClosed, StreamStatus, TlsFiles, Unread
 from supervisor.transport.tls import ca_file, tls_context
-from supervisor.transport.unread import HAND_OVER_S, ROUND_TRIP_MIN_S, Load, estimated_round_trip
+from supervisor.transport.unread import HAND_OVER_S, Load, estimated_round_trip, tcp_round_trip_to
 
 log = logging.getLogger(__name__)
 
@@ -103,15 +103,18 @@ class GrpcioTransport:
         except BaseException:
             await _discard(channel, call)
             raise
-        round_trips = _ROUND_TRIPS if self._tls is None else _ROUND_TRIPS_TLS
-        return GrpcioStream(channel, call, estimated_round_trip(time.monotonic() - began, round_trips))
+        dial_s = time.monotonic() - began
+        round_trip_s = tcp_round_trip_to(int(target.rpartition(":")[2]))
+        if not round_trip_s:  # through a proxy
+            round_trip_s = estimated_round_trip(dial_s, _ROUND_TRIPS if self._tls is None else _ROUND_TRIPS_TLS)
+        return GrpcioStream(channel, call, round_trip_s)
 
 
 class GrpcioStream:
     """One call. Made by GrpcioTransport."""
 
     def __init__(
-        self, channel: aio.Channel, call: aio.StreamStreamCall[bytes, bytes], round_trip_s: float = ROUND_TRIP_MIN_S
+        self, channel: aio.Channel, call: aio.StreamStreamCall[bytes, bytes], round_trip_s: float = 0.0
     ) -> None:
         self._round_trip_s = round_trip_s
         self._load = Load(time.monotonic())

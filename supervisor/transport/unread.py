@@ -9,8 +9,11 @@ time that either side takes to hand it over.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import socket
+import stat
 import struct
 from typing import Final, Protocol
 
@@ -45,6 +48,28 @@ def tcp_round_trip(connection: TcpInfo) -> float:
     except (OSError, struct.error):  # it is closed already, or no Linux
         return 0.0
     return float(microseconds) / 1e6
+
+
+def tcp_round_trip_to(port: int) -> float:
+    """The same of this process's connection to `port` of whatever host; 0.0 when there is none.
+
+    For a library that keeps its socket to itself. It is looked at for a moment, and never used.
+    """
+    with contextlib.suppress(OSError):  # no Linux
+        return max((_round_trip_of(int(entry.name), port) for entry in os.scandir("/proc/self/fd")), default=0.0)
+    return 0.0
+
+
+def _round_trip_of(descriptor: int, port: int) -> float:
+    try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return 0.0
+        with socket.socket(fileno=os.dup(descriptor)) as connection:
+            if connection.type == socket.SOCK_STREAM and connection.getpeername()[1:2] == (port,):
+                return tcp_round_trip(connection)
+    except OSError:  # it is closed by now, or has no peer
+        pass
+    return 0.0
 
 
 def estimated_round_trip(seconds: float, round_trips: int) -> float:

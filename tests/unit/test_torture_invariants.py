@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -350,7 +351,7 @@ def _too_much_memory(history: History) -> None:
 
 
 def _too_many_descriptors(history: History) -> None:
-    history.peaks = Peaks(fds_at_start=40, fds_at_end=41 + BOUNDS.more_fds)
+    history.peaks = Peaks(fds_at_start=Counter(socket=40), fds_at_end=Counter(socket=41 + BOUNDS.more_fds))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ Owns: the rules. Pure. What a rule can't decide, it lets pass:
 - What a worker had handed to a stream that broke is lost to everybody. Results are sent again, and of events what can't
   have been read, or may not have been where the scheduler had stopped reading. So a step back is let pass where a
   stream ended and nowhere else, on no more streams than the worker spoke of. A gap is let pass, as `doubtful`, where
-  all that is missing was made within DOUBTFUL_S of a stream's end: nobody can tell whether a program had time to read
-  that. There is no gap at all in a run that is `whole`, whose stream was cut by a scheduler that had stopped reading.
+  all that is missing was made within DOUBTFUL_S of a stream's end, and what this scheduler was behind with what came
+  before: nobody can tell whether a program had time to read that. There is no gap at all in a run that is `whole`,
+  whose stream was cut by a scheduler that had stopped reading.
 - What was not answered when the supervisor was killed may have gone with it, unless the function had ended a second
   before.
 - A request that was sent several times may be run again when a copy reaches the worker after the first one's end.
@@ -52,10 +53,10 @@ class Bounds:
     supervisor_rss: int = 200 * 2**20
     executor_rss: int = 200 * 2**20
     """0: not judged."""
-    more_fds: int = 8
+    more_fds: int = 6
+    """What the supervisor may have more at the end than at the start."""
     kept_s: float = 1.0
     """Within which a result must be on disk."""
-    """What the supervisor may have more at the end than at the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,10 +265,11 @@ def _went_with_a_supervisor(gap: _Gap, history: History) -> bool:
 
 
 def _is_doubtful(run: Run, gap: _Gap, history: History) -> bool:
-    """Whether all that is missing went out just before a stream ended."""
+    """Whether all that is missing went out just before a stream ended, by how far its scheduler was behind."""
     made_at = gap.made_at(run)
+    behind_s = DOUBTFUL_S + (gap.last.at - gap.last.made_at if gap.last.made_at else 0.0)
     streams = history.streams[gap.last.stream : gap.following.stream]
-    return any(one.ended_at and max(made_at, one.opened_at) >= one.ended_at - DOUBTFUL_S for one in streams)
+    return any(one.ended_at and max(made_at, one.opened_at) >= one.ended_at - behind_s for one in streams)
 
 
 def doubtful(history: History) -> int:
@@ -412,6 +414,8 @@ def _resources(history: History, bounds: Bounds) -> Iterator[Violation]:
     ):
         if bound and peak > bound:
             yield Violation("memory", f"the {name} took {peak / 2**20:.0f} MiB, the bound is {bound / 2**20:.0f} MiB")
-    more = history.peaks.fds_at_end - history.peaks.fds_at_start
+    start, end = history.peaks.fds_at_start, history.peaks.fds_at_end
+    more = end.total() - start.total()
     if more > bounds.more_fds:
-        yield Violation("descriptors", f"the supervisor has {more} more at the end than at the start")
+        which = ", ".join(f"{kind} {count}" for kind, count in (end - start).most_common())
+        yield Violation("descriptors", f"the supervisor has {more} more at the end than at the start: {which}")

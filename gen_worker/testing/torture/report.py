@@ -131,8 +131,8 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     peaks = report.peaks
     supervisor, executor = (rss / 2**20 for rss in (peaks.supervisor_rss, peaks.executor_rss))
     yield "max memory", f"supervisor {supervisor:.0f} MiB, executor {executor:.0f} MiB"
-    fds = f"supervisor {peaks.supervisor_fds}; {peaks.fds_at_start} at the start, {peaks.fds_at_end} at the end"
-    yield "max descriptors", fds
+    start, end = peaks.fds_at_start.total(), peaks.fds_at_end.total()
+    yield "max descriptors", f"supervisor {peaks.supervisor_fds}; {start} at the start, {end} at the end"
     yield "gone", f"{report.gone} with supervisors that were killed while they ran"
     yield "lost", str(report.lost)
     yield "violations", str(len(report.violations))
