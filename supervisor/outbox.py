@@ -13,9 +13,9 @@ batches and says what went out; when a stream ends, what may have been lost with
    (the scheduler drops duplicates by run_id), until it is known to have arrived: DELIVERED_BYTES have followed it,
    more than a connection can hold, or the stream outlived it by DELIVERED_S, longer than keepalive takes to find a
    dead peer.
-5. A scheduler can't tell a repeated event from a new one. So events go again only when the stream showed that they
-   were not read: it took nothing for UNREAD_S before its end, or the peer had gone silent.
-   docs/adr/0004-known-delivered.md has the reasons.
+5. A scheduler can't tell a repeated event from a new one. So events go again that may not have been read, and no
+   others: of a stream that there was more for than it took, or whose peer had gone silent, all that may lie unread; of
+   another one what went out so late that it can't have been read. docs/adr/0004-known-delivered.md has the reasons.
 6. A result that scheduler after scheduler refuses for its size is replaced by a failure that says so.
 7. A large output is read from its executor's shared memory when it is sent, not before.
 8. A Keeper, when there is one, has every result from when it is put until it is known to have arrived.
@@ -27,14 +27,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import takewhile
 from typing import Final, NamedTuple, Protocol
 
 from supervisor.backlog import Backlog
 from supervisor.oversize import Name, Oversize, refuses_size
 from supervisor.retention import Pack, Retention, Sent, messages
-from supervisor.transport import StreamStatus
+from supervisor.transport import StreamStatus, Unread
 from supervisor.transport.joined import Joined, Message, count_of, wire_size
 
 log = logging.getLogger(__name__)
@@ -50,7 +53,9 @@ DELIVERED_BYTES_MAX: Final = 64 * 1024 * 1024
 """Where a transport sees a larger window it is twice that, up to this: a grpcio server's grows with the rate, and
 18 MiB were seen unread over h2."""
 EVENTS_BYTES: Final = 16 * 1024 * 1024
-"""The same for events: here too much means repeats, so it is what a window holds, not twice that."""
+"""The same for events: here too much may mean repeats, so it is what a window holds, not twice that."""
+EVENTS_BYTES_MAX: Final = 32 * 1024 * 1024
+"""Where a transport sees a larger window it is half as much again, up to this."""
 DELIVERED_S: Final = 60.0
 """Twice what keepalive (20 s, then 10 s for the answer) needs to notice a broken connection."""
 UNREAD_S: Final = 0.25
@@ -162,10 +167,6 @@ def _split(taken: list[_Taken], count: int) -> tuple[list[_Taken], list[_Taken]]
 def _event(sent: Sent) -> Message:
     """As it was when it was put."""
     return Joined(sent.data, sent.ticket) if sent.ticket else sent.data
-
-
-def _events_in(packs: Iterable[Pack]) -> int:
-    return sum(joined or 1 for pack in packs for joined in pack.tickets)
 
 
 class Outbox:
@@ -304,8 +305,8 @@ class Outbox:
         Of what went out on this stream `unread_bytes` may be unread, as far as its transport can tell.
         """
         taken, self._taken = self._taken, []
-        limit_bytes = min(2 * unread_bytes, DELIVERED_BYTES_MAX)
-        self._retained.limit_bytes = max(self._retained.limit_bytes, limit_bytes)
+        self._retained.limit_bytes = max(self._retained.limit_bytes, min(2 * unread_bytes, DELIVERED_BYTES_MAX))
+        self._events.limit_bytes = max(self._events.limit_bytes, min(unread_bytes * 3 // 2, EVENTS_BYTES_MAX))
         now = self._clock()
         gone, left = _split(taken, count)
         if left:
@@ -322,12 +323,12 @@ class Outbox:
     def stream_opened(self) -> None:
         """A new stream stands; what must go again was queued when the last one closed."""
         self._was_unread, self._refused = False, None
-        self._retained.limit_bytes = DELIVERED_BYTES
+        self._retained.limit_bytes, self._events.limit_bytes = DELIVERED_BYTES, EVENTS_BYTES
 
-    def stream_closed(self, status: StreamStatus | None = None) -> None:
-        """Results that the stream may have swallowed are sent again, before anything newer.
+    def stream_closed(self, status: StreamStatus | None = None, unread: Unread | None = None) -> None:
+        """What the stream may have swallowed is sent again, before anything newer: results, and unread events.
 
-        `status` says how it ended, if it was not by us.
+        `status` says how it ended, if it was not by us. Without `unread` only a batch that was stuck tells of it.
         """
         if self._taken:
             self.accepted(0)
@@ -338,10 +339,10 @@ class Outbox:
         results, events = self._retained.take_all(), self._events.take_all()
         if status is not None and refuses_size(status):
             self._note_refusal(status, results)
+        unread = unread or Unread(math.inf)
         if self._was_unread or (status is not None and status.silent):
-            results = self._send_events_again(events, results)
-        elif doubtful := _events_in(pack for pack in events if self._clock() - pack.sent_at < UNREAD_S):
-            log.info("%d events went out in the stream's last moment: those that were not read are lost", doubtful)
+            unread = replace(unread, saturated=True)
+        results = self._send_events_again(self._of(events, unread), results)
         self._again.extendleft(reversed(results))
         self._just_closed = len(results)
         for pack in results:
@@ -415,6 +416,12 @@ class Outbox:
                 self._backlog.answer_waits(answer.cost)
         return self._unpacked or self._urgent
 
+    def _of(self, events: Sequence[Pack], unread: Unread) -> list[Pack]:
+        """Those that are unread."""
+        since = -math.inf if unread.saturated else unread.since
+        position = 0 if unread.size is None else max(0, self._position - unread.size)
+        return list(takewhile(len, (pack.after(position, since) for pack in reversed(events))))[::-1]
+
     def _send_events_again(self, events: Sequence[Pack], results: Sequence[Pack]) -> list[Pack]:
         """Queue events once more, and behind them the results of their runs. Returns the results that are left.
 
@@ -443,7 +450,7 @@ class Outbox:
         if ends_waiting:
             self._urgent = deque(answer for answer in self._urgent if answer.key not in ends_waiting)
         if again:
-            log.warning("the scheduler had stopped reading: %d events are sent again, some may come twice", again)
+            log.info("%d events that may not have been read are sent again; some may come twice", again)
             self._wake.set()
         return [left for pack in results if len(left := pack.without(ends.__contains__))] if ends else list(results)
 

@@ -7,6 +7,9 @@ down with it.
 2. A run that ends in any other way clears its request: what works can't be what kills.
 3. A request with two strikes runs alone on an executor (`is_suspect`). If that dies too, the third strike is proof, and
    the request is refused for an hour (`refusal`). So no request is refused for what its neighbour did.
+
+Realtime sessions have no payload that could name them, and the protocol has no reason by which to refuse one: an
+executor that dies under them is replaced, with the usual backoff.
 """
 
 from __future__ import annotations

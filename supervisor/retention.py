@@ -8,6 +8,7 @@ pack stays until the last message in it may go.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
@@ -32,18 +33,18 @@ class Sent(NamedTuple):
 class Pack:
     """Messages that went out one after the other."""
 
-    __slots__ = ("_data", "keys", "opened_at", "position", "sent_at", "sizes", "tickets")
+    __slots__ = ("_data", "ends", "keys", "opened_at", "sizes", "tickets", "times")
 
     def __init__(self, now: float) -> None:
         self._data: bytes | bytearray = b""
         self.sizes = array("I")
         self.keys = array("Q")
         self.tickets = array("Q")
+        self.times = array("d")
+        """When each went out."""
+        self.ends = array("Q")
+        """Where in the stream each ended, in bytes."""
         self.opened_at = now
-        self.sent_at = now
-        """When its last message went out."""
-        self.position = 0
-        """Where in the stream its last message ended, in bytes."""
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -52,6 +53,16 @@ class Pack:
     def size(self) -> int:
         """Bytes of the messages in it."""
         return len(self._data)
+
+    @property
+    def sent_at(self) -> float:
+        """When its last message went out."""
+        return self.times[-1]
+
+    @property
+    def position(self) -> int:
+        """Where in the stream its last message ended, in bytes."""
+        return self.ends[-1]
 
     def add(self, key: int, ticket: int, data: bytes, position: int, now: float) -> None:
         size = len(data)
@@ -64,8 +75,8 @@ class Pack:
         self.sizes.append(size)
         self.keys.append(key)
         self.tickets.append(ticket)
-        self.position = position
-        self.sent_at = now
+        self.times.append(now)
+        self.ends.append(position)
 
     def __iter__(self) -> Iterator[Sent]:
         if isinstance(self._data, bytes):  # one that was not copied
@@ -79,9 +90,20 @@ class Pack:
     def without(self, unwanted: Callable[[int], bool]) -> Pack:
         """The same without the messages of the runs that are not wanted."""
         left = Pack(self.opened_at)
-        for message in self:
+        for message, end, time in zip(self, self.ends, self.times, strict=True):
             if not unwanted(message.key):
-                left.add(*message, self.position, self.sent_at)
+                left.add(*message, end, time)
+        return left
+
+    def after(self, position: int, since: float) -> Pack:
+        """The same without what ended at `position` of the stream or before, or went out before `since`."""
+        start = max(bisect_right(self.ends, position), bisect_left(self.times, since))
+        if not start:
+            return self
+        left = Pack(self.opened_at)
+        left._data = self._data[sum(self.sizes[:start]) :]
+        left.sizes, left.keys, left.tickets = self.sizes[start:], self.keys[start:], self.tickets[start:]
+        left.times, left.ends = self.times[start:], self.ends[start:]
         return left
 
 

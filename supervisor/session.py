@@ -33,7 +33,7 @@ from supervisor.observer import Observer
 from supervisor.redial import Redial
 from supervisor.stream_end import StreamEnd, age, description, shown
 from supervisor.targets import MalformedRedirect, redirect_target
-from supervisor.transport import StatusCode, Stream, StreamClosed, StreamStatus, Transport
+from supervisor.transport import StatusCode, Stream, StreamClosed, StreamStatus, Transport, Unread
 from supervisor.transport.joined import Message, count_of
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ class Outgoing(Protocol):
     def stream_opened(self) -> None:
         """A new stream takes messages from now on."""
 
-    def stream_closed(self, status: StreamStatus | None = None) -> None:
-        """The stream is gone, and maybe some of what it accepted last; `status` says how, if it ended by itself."""
+    def stream_closed(self, status: StreamStatus | None, unread: Unread) -> None:
+        """The stream is gone, and with it what is `unread`; `status` says how, if it ended by itself."""
 
     async def flushed(self) -> None:
         """Wait until nothing is left to take and the last batch is accepted."""
@@ -289,7 +289,7 @@ class Session:
             raise
         finally:
             self._link = None
-            self._outgoing.stream_closed(status)
+            self._outgoing.stream_closed(status, link.stream.unread())
             self._incoming.stream_closed()
         link.status.set_result(status)
         return StreamEnd(target, status, link.life(self._clock.now()), self._epoch, drained=link.drained)

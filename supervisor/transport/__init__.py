@@ -50,6 +50,18 @@ class StreamStatus:
         return f"{self.code.name}: {self.details}" if self.details else self.code.name
 
 
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """What of the messages that a stream accepted its scheduler may not have read, as far as its transport can tell."""
+
+    since: float
+    """Monotonic seconds: one that reads at once has not read what was accepted then or later, and has read the rest."""
+    saturated: bool = False
+    """There was more for it than it took, so `since` says nothing: all may be unread, or `size` at most."""
+    size: int | None = None
+    """Bytes at the end of what was accepted, with gRPC's prefixes: the rest was read. None: not known."""
+
+
 class StreamClosed(Exception):
     """The stream has ended; `status` says how.
 
@@ -96,6 +108,10 @@ class Stream(Protocol):
     @property
     def unread_bytes(self) -> int:
         """How much of what was accepted the scheduler may not have read, at most; 0 when this transport can't tell."""
+        ...
+
+    def unread(self) -> Unread:
+        """What the scheduler may not have read when the stream ended. To be asked after `close`."""
         ...
 
     async def close(self, grace_s: float = 0.0) -> None:

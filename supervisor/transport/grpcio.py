@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -25,9 +27,10 @@ import grpc
 from grpc import aio
 
 from gen_worker.wire import METHOD, TRANSPORT_LIMIT_BYTES
-from supervisor.transport import StatusCode, StreamClosed, StreamStatus, TlsFiles
+from supervisor.transport import StatusCode, StreamClosed, StreamStatus, TlsFiles, Unread
 from supervisor.transport.joined import Message, apart, count_of
 from supervisor.transport.tls import ca_file, tls_context
+from supervisor.transport.unread import HAND_OVER_S, Load, estimated_round_trip, tcp_round_trip_to
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,10 @@ _MESSAGE_BYTES: Final = TRANSPORT_LIMIT_BYTES + 1024 * 1024
 
 _TRAILERS_S: Final = 0.05
 """Within this time after a stream's first sign of life a message or the end comes, or those were headers only."""
+
+_ROUND_TRIPS: Final = 2
+"""Until a peer has spoken HTTP/2: one for TCP, one for the SETTINGS."""
+_ROUND_TRIPS_TLS: Final = 3
 
 _SILENCE: Final = ("ping timeout", "keepalive watchdog", "Connection timed out")
 """In the details of a stream whose peer answered no ping, or whose data was never acknowledged."""
@@ -82,6 +89,7 @@ class GrpcioTransport:
         else:
             credentials = await asyncio.to_thread(_credentials, self._tls)
             channel = aio.secure_channel(target, credentials, options=_OPTIONS)
+        began = time.monotonic()
         call = channel.stream_stream(METHOD)(metadata=tuple(metadata))
         try:
             async with asyncio.timeout(self._connect_timeout_s):
@@ -96,13 +104,23 @@ class GrpcioTransport:
         except BaseException:
             await _discard(channel, call)
             raise
-        return GrpcioStream(channel, call)
+        dial_s = time.monotonic() - began
+        round_trip_s = tcp_round_trip_to(int(target.rpartition(":")[2]))
+        if not round_trip_s:  # through a proxy
+            round_trip_s = estimated_round_trip(dial_s, _ROUND_TRIPS if self._tls is None else _ROUND_TRIPS_TLS)
+        return GrpcioStream(channel, call, round_trip_s)
 
 
 class GrpcioStream:
     """One call. Made by GrpcioTransport."""
 
-    def __init__(self, channel: aio.Channel, call: aio.StreamStreamCall[bytes, bytes]) -> None:
+    def __init__(
+        self, channel: aio.Channel, call: aio.StreamStreamCall[bytes, bytes], round_trip_s: float = 0.0
+    ) -> None:
+        self._round_trip_s = round_trip_s
+        self._load = Load(time.monotonic())
+        self._ended_at = math.inf
+        """When the end was first noticed."""
         self._channel = channel
         self._call = call
         # The public write() turns every failure into INTERNAL and overwrites the status that the scheduler sent with
@@ -139,6 +157,7 @@ class GrpcioStream:
 
     async def send(self, messages: Sequence[Message]) -> None:
         accepted = 0
+        began = time.monotonic()
         try:
             for message in apart(messages):
                 if self._call.done():
@@ -150,7 +169,9 @@ class GrpcioStream:
         except asyncio.CancelledError:
             self._call.cancel()  # whether the message at hand is out is not known: nothing may follow it
             raise
+        self._load.sent(began, time.monotonic())
         if accepted < count_of(messages):
+            self._note_end()
             # The status comes behind the last message, which the reader must take though nobody receives: a session
             # may wait for room that only this answer gives it. What is left is little, since nothing more comes.
             self._over = True
@@ -172,6 +193,13 @@ class GrpcioStream:
     @property
     def unread_bytes(self) -> int:
         return 0  # grpc does not show its windows
+
+    def unread(self) -> Unread:
+        ended_at = min(self._ended_at, time.monotonic())
+        return Unread(ended_at - self._round_trip_s - HAND_OVER_S, self._load.is_saturated(ended_at))
+
+    def _note_end(self) -> None:
+        self._ended_at = min(self._ended_at, time.monotonic())
 
     async def close(self, grace_s: float = 0.0) -> None:
         try:
@@ -215,6 +243,7 @@ class GrpcioStream:
                 self._call.cancel()
                 raise
         finally:
+            self._note_end()
             self._status = await self._ended()
             self._filled.set()
 

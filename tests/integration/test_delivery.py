@@ -82,13 +82,13 @@ async def test_200_runs_across_a_cut_and_three_seconds_without_a_scheduler(tmp_p
         for handle in behind:  # all of it was produced without a scheduler
             assert indexes(handle) == list(range(100))
         for handle in across:
-            # What a broken connection swallowed of a stream of events is gone, and only that: one gap, no repeats.
+            # What can't have been read comes again; only what this scheduler was behind when it was stopped is gone.
             seen = indexes(handle)
-            assert seen == sorted(set(seen))
+            first_times = list(dict.fromkeys(seen))
+            assert first_times == sorted(first_times)
             assert seen[-1] == 119
-            gaps = [b - a for a, b in itertools.pairwise(seen) if b - a > 1]
-            assert len(gaps) <= 1
-            assert sum(gaps) < 30
+            assert sum(b <= a for a, b in itertools.pairwise(seen)) <= 1, "a run goes back once"
+            assert len(first_times) >= 115
         assert [handle for handle in [*waiting, *behind, *across] if not handle.results[0].message.success] == []
 
 
@@ -107,6 +107,7 @@ async def test_results_that_a_stream_swallowed_come_again(tmp_path: Path) -> Non
         assert {result.connection for handle in handles for result in handle.results} == {c.connection}
 
 
+@pytest.mark.both_transports
 async def test_deltas_of_a_stream_that_was_not_read_come_again() -> None:
     """Its windows were full when it broke: what lay in them is sent again, in order and before what follows."""
     async with chain(**TENANT) as c:
@@ -121,7 +122,7 @@ async def test_deltas_of_a_stream_that_was_not_read_come_again() -> None:
             seen = indexes(handle)
             assert list(dict.fromkeys(seen)) == list(range(8000)), "none is lost, none overtakes another"
             assert sum(b <= a for a, b in itertools.pairwise(seen)) <= 1, "the second stream begins where it may"
-        assert c.worker.lines("the scheduler had stopped reading")
+        assert c.worker.lines("are sent again")
 
 
 async def test_a_result_that_the_scheduler_takes_on_no_stream_ends_as_a_failure() -> None:

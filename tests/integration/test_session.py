@@ -15,7 +15,7 @@ import pytest
 from supervisor.auth import KeysUnreachable, TokenRefused
 from supervisor.backoff import QUICK_S, STABLE_S, ReconnectSettings
 from supervisor.session import ANNOUNCE_GAP_S, HOLD_BACK_S, GaveUp, Session, SessionSettings
-from supervisor.transport import StatusCode, StreamStatus
+from supervisor.transport import StatusCode, StreamStatus, Unread
 from tests.support.fake_clock import FakeClock
 from tests.support.stream_server import Dial, StreamServer, eventually, serving, settled
 from tests.support.transports import TransportFactory
@@ -62,7 +62,7 @@ class Box:
     def stream_opened(self) -> None:
         self.streams.append("opened")
 
-    def stream_closed(self, status: StreamStatus | None = None) -> None:
+    def stream_closed(self, status: StreamStatus | None, unread: Unread) -> None:
         assert not self.taken, "the last batch must be accounted for before the stream is closed"
         self.streams.append("closed")
         self.ends.append(status)

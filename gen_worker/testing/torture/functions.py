@@ -51,6 +51,8 @@ class Part(msgspec.Struct):
     index: int
     nonce: str
     text: str = ""
+    made_at: float = 0.0
+    """Monotonic seconds, which all processes of a machine share."""
 
 
 class Wait(msgspec.Struct):
@@ -123,7 +125,7 @@ def torture_count(ctx: ActionContext, payload: Parts) -> Iterator[Part]:
     _begin(ctx)
     for index in range(payload.count):
         time.sleep(payload.pause_s)
-        yield Part(index, payload.nonce, "x" * payload.size)
+        yield Part(index, payload.nonce, "x" * payload.size, time.monotonic())
 
 
 @worker_function()
@@ -131,7 +133,7 @@ async def torture_acount(ctx: ActionContext, payload: Parts) -> AsyncIterator[Pa
     _begin(ctx)
     for index in range(payload.count):
         await asyncio.sleep(payload.pause_s)
-        yield Part(index, payload.nonce, "x" * payload.size)
+        yield Part(index, payload.nonce, "x" * payload.size, time.monotonic())
 
 
 @worker_function()

@@ -7,6 +7,7 @@ worker has one at a time, so what came on a later stream was sent later.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -47,6 +48,8 @@ class Arrival(NamedTuple):
     place: int = -1
     """A delta's place in its run; -1: not a delta, or one that is not this run's."""
     outcome: Outcome | None = None
+    made_at: float = 0.0
+    """When a delta was made, as its function says."""
 
 
 class Writing(NamedTuple):
@@ -117,8 +120,9 @@ class Peaks:
     supervisor_rss: int = 0
     executor_rss: int = 0
     supervisor_fds: int = 0
-    fds_at_start: int = 0
-    fds_at_end: int = 0
+    fds_at_start: Counter[str] = field(default_factory=Counter)
+    """By kind."""
+    fds_at_end: Counter[str] = field(default_factory=Counter)
     """In peace, with as many executors and streams as at the start."""
 
 

@@ -5,10 +5,12 @@ Owns: the rules. Pure. What a rule can't decide, it lets pass:
 - A request that was written on a stream which then broke may never have reached the worker. It counts as accepted when
   anything came for it, when its function began (the ledger), when its stream lives, or when something came for a
   request that was written after it on the same stream.
-- What a worker had handed to a stream that broke is lost to everybody. Results are sent again, events only if the
-  stream was not read, which the worker then says. So of deltas, a gap or a step back is let pass where a stream ended,
-  and nowhere else; no more streams may begin with a step back than the worker spoke of; and there is no gap at all in
-  a run that is `whole`, whose stream was cut by a scheduler that had stopped reading.
+- What a worker had handed to a stream that broke is lost to everybody. Results are sent again, and of events what can't
+  have been read, or may not have been where the scheduler had stopped reading. So a step back is let pass where a
+  stream ended and nowhere else, on no more streams than the worker spoke of. A gap is let pass, as `doubtful`, where
+  all that is missing was made within DOUBTFUL_S of a stream's end, and what this scheduler was behind with what came
+  before: nobody can tell whether a program had time to read that. There is no gap at all in a run that is `whole`,
+  whose stream was cut by a scheduler that had stopped reading.
 - What was not answered when the supervisor was killed may have gone with it, unless the function had ended a second
   before.
 - A request that was sent several times may be run again when a copy reaches the worker after the first one's end.
@@ -36,6 +38,10 @@ FLOODED_WORDS: Final = "too much waits already"
 """In the error_message of a request that is refused because the backlog stands still."""
 
 
+DOUBTFUL_S: Final = 0.1
+"""What a scheduler that reads may be behind, on a machine that has better things to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """In seconds and bytes."""
@@ -47,10 +53,10 @@ class Bounds:
     supervisor_rss: int = 200 * 2**20
     executor_rss: int = 200 * 2**20
     """0: not judged."""
-    more_fds: int = 8
+    more_fds: int = 6
+    """What the supervisor may have more at the end than at the start."""
     kept_s: float = 1.0
     """Within which a result must be on disk."""
-    """What the supervisor may have more at the end than at the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,37 +204,83 @@ def _end_of_stream(events: Sequence[Arrival], result: Arrival) -> Iterator[str]:
         yield f"has {len(ends)} ends of its output"
 
 
-def _is_whole(run: Run, history: History) -> bool:
-    """Events are not kept on disk."""
-    end = max(arrival.at for arrival in run.arrivals)
-    return run.request.whole and not any(run.writings[0].at <= at <= end for at in history.kills)
-
-
 def _deltas(run: Run, history: History) -> Iterator[str]:
-    """In order, none twice, none missing where no stream ended in between."""
-    wanted = run.request.deltas
-    if wanted is None or _may_run_again(run) or not run.writings:
+    """In order, none twice, none missing but what a stream's end excuses."""
+    if run.request.deltas is None or _may_run_again(run) or not run.writings:
         return
-    arrivals = in_order(run)
-    seen = [(run.writings[0].stream, -1)]
-    seen += [(arrival.stream, arrival.place) for arrival in arrivals if arrival.what is What.DELTA]
-    if any(index < 0 for _, index in seen[1:]):
+    places = [arrival.place for arrival in run.arrivals if arrival.what is What.DELTA]
+    if min(places, default=0) < 0:
         yield "got a delta of another run"
         return
-    for (stream, index), (next_stream, following) in pairwise(seen):
-        if following == index + 1:
-            continue
-        if stream == next_stream:
-            yield f"got delta {following} after delta {index} on one stream"
-        elif following > index + 1 and _is_whole(run, history):
-            yield f"got delta {following} after delta {index}, though the stream between was not read"
+    if max(places, default=0) >= max(1, run.request.deltas):
+        yield f"got delta {max(places)} of {run.request.deltas}"
+    for last, following in _breaks(run):
+        gap = _Gap(last, following)
+        if last.stream == following.stream:
+            yield f"got {gap} on one stream"
+        elif gap.missing > 0 and not _excused(run, gap, history):
+            early_s = (history.streams[last.stream].ended_at or 0.0) - gap.made_at(run)
+            yield f"got {gap}; the first that is missing was made {early_s:.3f} s before stream {last.stream} ended"
+
+
+@dataclass(frozen=True, slots=True)
+class _Gap:
+    """Two deltas, one after the other, that are not neighbours. The ends of a run count as deltas."""
+
+    last: Arrival
+    following: Arrival
+
+    def __str__(self) -> str:
+        return f"delta {self.following.place} after delta {self.last.place}"
+
+    @property
+    def missing(self) -> int:
+        """How many should be between them; negative: what came came before."""
+        return self.following.place - self.last.place - 1
+
+    def made_at(self, run: Run) -> float:
+        """When the first that is missing was made, at the earliest."""
+        return (self.last.made_at or self.last.at) + run.request.pause_s
+
+
+def _breaks(run: Run) -> Iterator[tuple[Arrival, Arrival]]:
+    """Pairs of deltas that follow each other and are not neighbours."""
+    arrivals = in_order(run)
+    seen = [Arrival(run.writings[0].stream, run.writings[0].at, What.DELTA)]
+    seen += [arrival for arrival in arrivals if arrival.what is What.DELTA]
     result = next((arrival for arrival in reversed(arrivals) if arrival.what is What.RESULT), None)
-    if result is None or result.outcome is None or result.outcome.kind != SUCCESS:
-        return
-    stream, index = seen[-1]
-    complete = stream == result.stream or _is_whole(run, history)
-    if index >= wanted or (index < wanted - 1 and complete):
-        yield f"succeeded with {wanted} deltas, the last that came is number {index} (of 0 to {wanted - 1})"
+    if result is not None and result.outcome is not None and result.outcome.kind == SUCCESS:
+        seen.append(Arrival(result.stream, result.at, What.DELTA, run.request.deltas or 0))
+    return ((last, following) for last, following in pairwise(seen) if following.place != last.place + 1)
+
+
+def _excused(run: Run, gap: _Gap, history: History) -> bool:
+    """Whether a gap may be."""
+    return _went_with_a_supervisor(gap, history) or (not run.request.whole and _is_doubtful(run, gap, history))
+
+
+def _went_with_a_supervisor(gap: _Gap, history: History) -> bool:
+    """Events are not kept on disk."""
+    return any((gap.last.made_at or gap.last.at) <= at <= gap.following.at for at in history.kills)
+
+
+def _is_doubtful(run: Run, gap: _Gap, history: History) -> bool:
+    """Whether all that is missing went out just before a stream ended, by how far its scheduler was behind."""
+    made_at = gap.made_at(run)
+    behind_s = DOUBTFUL_S + (gap.last.at - gap.last.made_at if gap.last.made_at else 0.0)
+    streams = history.streams[gap.last.stream : gap.following.stream]
+    return any(one.ended_at and max(made_at, one.opened_at) >= one.ended_at - behind_s for one in streams)
+
+
+def doubtful(history: History) -> int:
+    """How many deltas are missing that nobody could know to be unread."""
+    return sum(
+        gap.missing
+        for run in history.runs.values()
+        if run.request.deltas is not None and not _may_run_again(run) and run.writings
+        for gap in (_Gap(last, following) for last, following in _breaks(run))
+        if gap.missing > 0 and gap.last.stream != gap.following.stream and not _went_with_a_supervisor(gap, history)
+    )
 
 
 def _outcome(run: Run, history: History) -> Iterator[str]:
@@ -362,6 +414,8 @@ def _resources(history: History, bounds: Bounds) -> Iterator[Violation]:
     ):
         if bound and peak > bound:
             yield Violation("memory", f"the {name} took {peak / 2**20:.0f} MiB, the bound is {bound / 2**20:.0f} MiB")
-    more = history.peaks.fds_at_end - history.peaks.fds_at_start
+    start, end = history.peaks.fds_at_start, history.peaks.fds_at_end
+    more = end.total() - start.total()
     if more > bounds.more_fds:
-        yield Violation("descriptors", f"the supervisor has {more} more at the end than at the start")
+        which = ", ".join(f"{kind} {count}" for kind, count in (end - start).most_common())
+        yield Violation("descriptors", f"the supervisor has {more} more at the end than at the start: {which}")

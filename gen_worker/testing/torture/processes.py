@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -37,6 +38,7 @@ _SIGNALS: Final[Mapping[ProcessFault, signal.Signals]] = {
     ProcessFault.ABRT: signal.SIGABRT,
 }
 _GRPC_NOTICE: Final = re.compile(rb"[IW]\d{4} \d\d:\d\d:\d\d|WARNING: All log messages before absl::InitializeLog")
+_KIND_END: Final = re.compile(r"(?<=.)[:(]\[?\d| \(deleted\)")
 _LOG_TAIL_LINES: Final = 15
 _MAX_TROUBLE: Final = 300
 
@@ -213,11 +215,15 @@ class WorkerProcess:
                     elif child.cmdline()[:1] == [functions.CHILD_PROGRAM]:
                         yield child.pid, "has outlived its executor"
 
-    def descriptors(self) -> int:
-        """How many the supervisor has now, but for the files of results, whose number follows what was sent last."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return self._supervisor.num_fds() - len(self._supervisor.open_files())
-        return 0
+    def descriptors(self) -> Counter[str]:
+        """What the supervisor has open now, by kind, but for files, whose number follows what was sent last."""
+        found: Counter[str] = Counter()
+        for descriptor in Path(f"/proc/{self._process.pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):  # it is closed by now
+                target = str(descriptor.readlink())
+                if not target.startswith("/") or target.startswith("/memfd:"):
+                    found[_KIND_END.split(target, maxsplit=1)[0]] += 1
+        return found
 
     # -- the end ------------------------------------------------------------------------------------
 
@@ -269,7 +275,7 @@ class WorkerProcess:
             if ours and (record.exc or record.level == "critical" or record.logger == "asyncio"):
                 text = f"{record.message} {record.exc}".strip()
                 self._history.trouble.append(f"the log says {record.level}: {text[-_MAX_TROUBLE:]}")
-            if record.logger == "supervisor.outbox" and "events are sent again" in record.message:
+            if record.logger == "supervisor.outbox" and "are sent again" in record.message:
                 self._history.resendings += 1
             if "defect in the executor" in record.message:
                 self._history.trouble.append(f"the log says {record.message[:_MAX_TROUBLE]}")

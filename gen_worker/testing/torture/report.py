@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gen_worker.testing.torture.history import Conversation, History, Peaks, What
-from gen_worker.testing.torture.invariants import Violation, accepted_runs
-from gen_worker.testing.torture.requests import SUCCESS
+from gen_worker.testing.torture.invariants import Violation, accepted_runs, doubtful
 
 MAX_SHOWN = 20
 """Violations that are spelled out; the rest is counted."""
@@ -33,10 +32,10 @@ class Report:
     redelivered: int
     """Results that came more than once, because a stream had broken after them."""
     deltas: int
-    swallowed: int
-    """Deltas of successful runs that streams took before they broke: what may have been read is not sent twice."""
+    doubtful: int
+    """Deltas that are missing, which nobody could know to be unread when their stream ended."""
     repeated: int
-    """Deltas that came twice, after a stream that was not read."""
+    """Deltas that came twice, since nobody could know that they had been read."""
     sessions: Mapping[str, int]
     """Realtime sessions by the reason of their close; `stream ended` when it took the session with it."""
     faults: Mapping[str, int]
@@ -64,7 +63,7 @@ def summarize(  # noqa: PLR0913  (what a history does not tell, by name)
     reproduce: str,
 ) -> Report:
     results: Counter[str] = Counter()
-    redelivered = deltas = swallowed = repeated = answered = 0
+    redelivered = deltas = repeated = answered = 0
     for run in history.runs.values():
         outcomes = [result.outcome for result in run.results if result.outcome is not None]
         if outcomes:
@@ -75,8 +74,6 @@ def summarize(  # noqa: PLR0913  (what a history does not tell, by name)
         came = len(set(places)) if run.request.deltas is not None else len(places)
         deltas += came
         repeated += len(places) - came
-        if outcomes and outcomes[0].kind == SUCCESS and run.request.deltas is not None and len(run.writings) == 1:
-            swallowed += run.request.deltas - came
     accepted = len(accepted_runs(history))
     return Report(
         seed=seed,
@@ -88,7 +85,7 @@ def summarize(  # noqa: PLR0913  (what a history does not tell, by name)
         results=dict(results.most_common()),
         redelivered=redelivered,
         deltas=deltas,
-        swallowed=swallowed,
+        doubtful=doubtful(history),
         repeated=repeated,
         sessions=dict(Counter(map(_end_of, history.conversations)).most_common()),
         faults=dict(sorted(faults.items())),
@@ -120,8 +117,8 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "runs", f"{report.runs} sent, {report.accepted} accepted, {unsure} that a cut stream may have swallowed"
     for kind, count in report.results.items():
         yield f"  {kind}", str(count)
-    lost = f"{report.swallowed} more went down with streams that broke"
-    yield "deltas", f"{report.deltas}; {lost}, {report.repeated} came again"
+    yield "deltas", f"{report.deltas}, {report.repeated} came again"
+    yield "doubtful", f"{report.doubtful} deltas of the last moments of streams that broke"
     yield "sent again", f"{report.redelivered} results, after streams that had broken"
     yield "sessions", str(sum(report.sessions.values()))
     for reason, count in report.sessions.items():
@@ -134,8 +131,8 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     peaks = report.peaks
     supervisor, executor = (rss / 2**20 for rss in (peaks.supervisor_rss, peaks.executor_rss))
     yield "max memory", f"supervisor {supervisor:.0f} MiB, executor {executor:.0f} MiB"
-    fds = f"supervisor {peaks.supervisor_fds}; {peaks.fds_at_start} at the start, {peaks.fds_at_end} at the end"
-    yield "max descriptors", fds
+    start, end = peaks.fds_at_start.total(), peaks.fds_at_end.total()
+    yield "max descriptors", f"supervisor {peaks.supervisor_fds}; {start} at the start, {end} at the end"
     yield "gone", f"{report.gone} with supervisors that were killed while they ran"
     yield "lost", str(report.lost)
     yield "violations", str(len(report.violations))

@@ -41,6 +41,8 @@ class Request:
     """The exact output of a success; None: not looked at."""
     deltas: int | None = None
     """How many deltas a success has, each with its index; None: not looked at."""
+    pause_s: float = 0.0
+    """Between two of them."""
     incremental: bool = False
     timeout_ms: int | None = None
     """Instead of the plan's, for a request that must be stopped."""
@@ -111,7 +113,7 @@ def _large(rng: Random, nonce: str) -> Request:
 def _stream(rng: Random, nonce: str, count: int, size: int, pause_s: float) -> Request:
     payload = msgspec.msgpack.encode(functions.Parts(nonce, count, size, pause_s))
     function = rng.choice(("torture_count", "torture_acount"))
-    return Request(function, payload, frozenset((SUCCESS,)), b"", count, incremental=True, brief=True)
+    return Request(function, payload, frozenset((SUCCESS,)), b"", count, pause_s, incremental=True, brief=True)
 
 
 def _count(rng: Random, nonce: str) -> Request:

@@ -39,10 +39,11 @@ _NO_STREAM: Final = "there is no stream"
 
 
 class _Index(msgspec.Struct):
-    """Of a delta: its place and whose it is."""
+    """Of a delta: its place, whose it is, and when it was made."""
 
     index: int
     nonce: str
+    made_at: float = 0.0
 
 
 Meet = Callable[[WorkerConnection], Awaitable[None] | None]
@@ -314,12 +315,14 @@ class Scheduler:
             case "output.error":
                 return Arrival(stream, now, What.ERROR)
             case "output.delta":
-                return Arrival(stream, now, What.DELTA, self._delta_index(event))
+                place, made_at = self._delta(event)
+                return Arrival(stream, now, What.DELTA, place, made_at=made_at)
         return Arrival(stream, now, What.OTHER)
 
-    def _delta_index(self, event: pb.WorkerEvent) -> int:
+    def _delta(self, event: pb.WorkerEvent) -> tuple[int, float]:
+        """Its place and when it was made."""
         run = self._history.runs.get(event.run_id)
         if run is None or run.request.deltas is None:
-            return -1
+            return -1, 0.0
         delta = _decode_index(event.payload_json)
-        return delta.index if delta.nonce == event.run_id else -1
+        return (delta.index if delta.nonce == event.run_id else -1), delta.made_at

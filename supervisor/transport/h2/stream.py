@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import ssl
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -35,12 +36,13 @@ from h2.events import (
     StreamEnded,
     StreamReset,
     TrailersReceived,
+    WindowUpdated,
 )
 from h2.exceptions import H2Error
 from h2.settings import SettingCodes, Settings
 
 from gen_worker.wire import TRANSPORT_LIMIT_BYTES
-from supervisor.transport import StatusCode, StreamClosed, StreamStatus
+from supervisor.transport import StatusCode, StreamClosed, StreamStatus, Unread
 from supervisor.transport.h2.connection import CallConnection
 from supervisor.transport.h2.frames import GOAWAY, BadFrame, FrameCutter, Goaway, type_of
 from supervisor.transport.h2.inbox import Inbox
@@ -52,7 +54,9 @@ from supervisor.transport.h2.statuses import (
     status_of_reset,
     status_of_trailers,
 )
+from supervisor.transport.h2.window import Window
 from supervisor.transport.joined import Joined, Message, count_of, prefix, wire_size
+from supervisor.transport.unread import HAND_OVER_S, tcp_round_trip
 
 log = logging.getLogger(__name__)
 # At debug it logs every header as it encodes it, the token's among them, in plain and in Huffman's code.
@@ -101,6 +105,7 @@ class H2Stream(asyncio.Protocol):
         self._target = target
         self._headers = headers
         self._keepalive_settings = (keepalive_s, keepalive_timeout_s)
+        self._loop = asyncio.get_running_loop()
         self._http = _connection()
         self._frames = FrameCutter(FRAME_BYTES)
         self._inbox = Inbox(MESSAGE_BYTES)
@@ -110,8 +115,10 @@ class H2Stream(asyncio.Protocol):
         """Received bytes that the scheduler's windows don't have back."""
         self._sent = 0
         """Bytes of messages, with prefixes, that went out."""
-        self._peak_window = 0
-        """The largest window that the scheduler was seen to give."""
+        self._window = Window()
+        self._round_trip_s = 0.0
+        """As it was when the call ended."""
+        self._ended_at = math.inf
         self._sent_at_ping = 0
         self._idle_pings = 0
         self._sent_in_turn = 0
@@ -142,6 +149,7 @@ class H2Stream(asyncio.Protocol):
             StreamEnded: self._on_stream_ended,
             StreamReset: self._on_reset,
             RemoteSettingsChanged: self._on_settings,
+            WindowUpdated: self._on_window,
         }
 
     # -- the session (Stream) -----------------------------------------------------------------
@@ -199,7 +207,12 @@ class H2Stream(asyncio.Protocol):
     @property
     def unread_bytes(self) -> int:
         """The largest window that the scheduler was seen to give, and what waits for the socket."""
-        return self._peak_window + 2 * _WRITE_BYTES
+        return self._window.peak + 2 * _WRITE_BYTES
+
+    def unread(self) -> Unread:
+        ended_at = min(self._ended_at, self._loop.time())
+        late_s = max(self._round_trip_s, self._window.behind_s) + HAND_OVER_S
+        return Unread(ended_at - late_s, self._window.was_short(ended_at), self._window.unread)
 
     async def close(self, grace_s: float = 0.0) -> None:
         try:
@@ -228,6 +241,7 @@ class H2Stream(asyncio.Protocol):
             if not self._writable or self._http.local_flow_control_window(_STREAM) <= 0:
                 self._room.clear()
                 await self._room.wait()
+                self._window.waited(self._loop.time())
                 continue
             position += self._fill(piece[position : position + _WRITE_BYTES])
             self._flush()
@@ -243,6 +257,7 @@ class H2Stream(asyncio.Protocol):
             http.put_data(part)
             position += len(part)
         self._sent += position
+        self._window.sent(position, self._loop.time())
         return position
 
     def _flush(self) -> None:
@@ -306,8 +321,6 @@ class H2Stream(asyncio.Protocol):
                     handler(event)
         if only_data:
             return
-        if self._status is None:
-            self._peak_window = max(self._peak_window, self._http.local_flow_control_window(_STREAM))
         self._room.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -333,9 +346,16 @@ class H2Stream(asyncio.Protocol):
 
     # -- what the scheduler says --------------------------------------------------------------
 
-    def _on_settings(self, _event: RemoteSettingsChanged) -> None:
+    def _on_settings(self, event: RemoteSettingsChanged) -> None:
+        window = event.changed_settings.get(SettingCodes.INITIAL_WINDOW_SIZE)
+        if window is not None:
+            self._window.resized(window.new_value)
         self._spoke = True
         self._news.set()
+
+    def _on_window(self, event: WindowUpdated) -> None:
+        if event.stream_id == _STREAM:
+            self._window.opened(event.delta or 0, self._loop.time())
 
     def _on_data(self, event: DataReceived) -> None:
         self._on_payload(bytes(event.data or b""), event.flow_controlled_length or 0)
@@ -413,6 +433,10 @@ class H2Stream(asyncio.Protocol):
         """The call has ended. The first status counts."""
         if self._status is None:
             self._status = status
+            self._ended_at = self._loop.time()
+            connection = self._transport.get_extra_info("socket") if self._transport is not None else None
+            if connection is not None:
+                self._round_trip_s = tcp_round_trip(connection)
         self._news.set()
         self._room.set()
 

@@ -1,0 +1,94 @@
+"""What a stream can tell of what its scheduler had not read when it ended.
+
+Owns: how long a message needs until a scheduler has it, and how busy `send` was.
+
+An event that is sent at t arrives at t + rtt/2. An end that is noticed at T left the scheduler at T - rtt/2. So what
+was sent after T - rtt had not arrived when the scheduler ended the stream, and what was sent before had, but for the
+time that either side takes to hand it over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+import stat
+import struct
+from typing import Final, Protocol
+
+HAND_OVER_S: Final = 0.005
+"""Besides the round trip: from the scheduler's socket to its program, and from this socket to `send`."""
+ROUND_TRIP_MIN_S: Final = 0.0005
+ROUND_TRIP_MAX_S: Final = 0.1
+"""Bounds of a round trip that is estimated from how long it took to connect."""
+
+_TCP_INFO_RTT_OFFSET: Final = 68
+"""Of tcpi_rtt in struct tcp_info (linux/tcp.h): 8 bytes of flags and 15 numbers come before it."""
+_MICROSECONDS: Final = struct.Struct("=I")
+_LOAD_S: Final = 0.1
+"""The time over which Load averages."""
+_SATURATED: Final = 0.75
+
+
+class TcpInfo(Protocol):
+    """What is used of a socket; asyncio's TransportSocket and uvloop's are such."""
+
+    def getsockopt(self, level: int, option: int, size: int, /) -> bytes:
+        """Raises OSError."""
+        ...
+
+
+def tcp_round_trip(connection: TcpInfo) -> float:
+    """Seconds, smoothed, as the kernel has measured them; 0.0 when it does not say."""
+    size = _TCP_INFO_RTT_OFFSET + _MICROSECONDS.size
+    try:
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, size)
+        (microseconds,) = _MICROSECONDS.unpack_from(info, _TCP_INFO_RTT_OFFSET)
+    except (OSError, struct.error):  # it is closed already, or no Linux
+        return 0.0
+    return float(microseconds) / 1e6
+
+
+def tcp_round_trip_to(port: int) -> float:
+    """The same of this process's connection to `port` of whatever host; 0.0 when there is none.
+
+    For a library that keeps its socket to itself. It is looked at for a moment, and never used.
+    """
+    with contextlib.suppress(OSError):  # no Linux
+        return max((_round_trip_of(int(entry.name), port) for entry in os.scandir("/proc/self/fd")), default=0.0)
+    return 0.0
+
+
+def _round_trip_of(descriptor: int, port: int) -> float:
+    try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return 0.0
+        with socket.socket(fileno=os.dup(descriptor)) as connection:
+            if connection.type == socket.SOCK_STREAM and connection.getpeername()[1:2] == (port,):
+                return tcp_round_trip(connection)
+    except OSError:  # it is closed by now, or has no peer
+        pass
+    return 0.0
+
+
+def estimated_round_trip(seconds: float, round_trips: int) -> float:
+    """From how long it took to connect, which takes so many: an upper bound, as near as it gets."""
+    return min(max(seconds / round_trips, ROUND_TRIP_MIN_S), ROUND_TRIP_MAX_S)
+
+
+class Load:
+    """The share of the last moments in which `send` had something in hand."""
+
+    def __init__(self, now: float) -> None:
+        self._load = 0.0
+        self._until = now
+
+    def sent(self, began: float, now: float) -> None:
+        """`send` took from `began` until now."""
+        self._load = self._load * math.exp((self._until - now) / _LOAD_S) + 1.0 - math.exp((began - now) / _LOAD_S)
+        self._until = now
+
+    def is_saturated(self, now: float) -> bool:
+        """Whether there was more to send than was taken."""
+        return self._load * math.exp(min(0.0, self._until - now) / _LOAD_S) >= _SATURATED

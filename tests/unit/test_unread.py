@@ -1,0 +1,113 @@
+"""What a stream tells of the unread: windows, how busy it was, and how long the way is."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from supervisor.transport.h2.window import DEFAULT_BYTES, IN_HAND_BYTES, SHORT_S, Window
+from supervisor.transport.unread import (
+    ROUND_TRIP_MAX_S,
+    ROUND_TRIP_MIN_S,
+    Load,
+    estimated_round_trip,
+    tcp_round_trip,
+    tcp_round_trip_to,
+)
+
+MIB = 2**20
+
+
+class TestWindow:
+    def test_what_was_sent_may_be_unread_until_it_is_given_back(self) -> None:
+        window = Window()
+        window.resized(MIB)
+        window.sent(MIB, 1.0)
+        assert window.unread == MIB, "never more than was sent"
+        window.sent(0, 2.0)
+        window.opened(MIB, 2.0)
+        assert window.unread == MIB // 2 + IN_HAND_BYTES, "a library gives some back ahead of its program"
+
+    @pytest.mark.parametrize("before", [0, 30_000, DEFAULT_BYTES])
+    def test_a_window_that_grows_over_what_is_unread(self, before: int) -> None:
+        window = Window()
+        window.sent(before, 1.0)
+        window.resized(4 * MIB)
+        assert window.peak == 4 * MIB
+        window.sent(4 * MIB - before, 2.0)
+        assert window.unread == 4 * MIB
+
+    def test_a_window_that_shrinks(self) -> None:
+        window = Window()
+        window.resized(4 * MIB)
+        window.sent(2 * MIB, 1.0)
+        window.resized(MIB)
+        assert window.unread == 2 * MIB
+        assert window.was_short(10.0)
+
+    def test_it_is_short_when_more_than_half_was_not_given_back(self) -> None:
+        window = Window()
+        window.resized(MIB)
+        window.sent(MIB // 2, 1.0)
+        assert not window.was_short(10.0)
+        window.sent(1, 1.0)
+        assert window.was_short(10.0)
+        window.opened(1, 1.0)
+        assert not window.was_short(10.0)
+
+    def test_it_was_short_when_something_waited_a_moment_ago(self) -> None:
+        window = Window()
+        window.waited(10.0)
+        assert window.was_short(10.0 + SHORT_S)
+        assert not window.was_short(10.1 + SHORT_S)
+
+    def test_how_far_a_scheduler_is_behind(self) -> None:
+        window = Window()
+        for second in range(10):
+            window.sent(1000, float(second))
+        window.opened(3000, 10.0)
+        assert window.behind_s == 10.0 - 3.0, "what went out at 3 is the first that it has not taken"
+        window.opened(6999, 10.5)
+        assert window.behind_s == 10.5 - 9.0
+        window.opened(1, 11.0)
+        assert window.behind_s == 0.0
+
+
+class TestLoad:
+    def test_a_stream_with_something_in_hand_all_the_time(self) -> None:
+        load = Load(0.0)
+        for step in range(100):
+            load.sent(step / 100, step / 100 + 0.0099)
+        assert load.is_saturated(1.0)
+        assert not load.is_saturated(1.2), "it has had nothing for a while"
+
+    def test_one_send_that_waits(self) -> None:
+        load = Load(0.0)
+        load.sent(5.0, 5.5)
+        assert load.is_saturated(5.5)
+
+    def test_a_stream_with_pauses(self) -> None:
+        load = Load(0.0)
+        for step in range(1000):
+            load.sent(step / 1000, step / 1000 + 0.0005)
+        assert not load.is_saturated(1.0)
+
+
+def test_the_round_trip_of_a_connection() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert tcp_round_trip_to(port) == 0.0, "nobody is connected"
+        with socket.create_connection(("127.0.0.1", port)) as client, server.accept()[0]:
+            assert 0.0 < tcp_round_trip(client) < 1.0
+            assert tcp_round_trip_to(port) > 0.0
+            client.sendall(b"still there")
+        assert tcp_round_trip(client) == 0.0, "it is closed"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "trips", "expected"),
+    [(0.02, 2, 0.01), (0.03, 3, 0.01), (0.0, 2, ROUND_TRIP_MIN_S), (9.0, 3, ROUND_TRIP_MAX_S)],
+)
+def test_a_round_trip_from_the_time_of_the_dial(seconds: float, trips: int, expected: float) -> None:
+    assert estimated_round_trip(seconds, trips) == pytest.approx(expected)
