@@ -95,6 +95,11 @@ class Relief:
         """Has the relief's lock while that sleeps; whoever takes it out releases it."""
         self._thread: threading.Thread | None = None
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether it looks no more until there is work."""
+        return bool(self._asleep)
+
     def covers(self, work: Callable[[], None]) -> bool:
         """Do the work. False when another thread reads by the end of it, so that the caller must not go on."""
         self._begun = mine = self._begun + 1
