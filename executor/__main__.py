@@ -2,7 +2,8 @@
 
 1. tie this process to its parent's life and take the pipe;
 2. a reader thread waits for Init, and from then on for the end of the pipe, while this thread imports tenant code;
-3. Ready; this thread becomes the event loop of async functions, the reader feeds the Service;
+3. Ready (a spare says Parked first, and waits for its slot: spare.py); this thread becomes the event loop of async
+   functions, the reader feeds the Service;
 4. leave by Shutdown, or by any of the ends in process.py.
 """
 
@@ -17,6 +18,7 @@ import threading
 
 import msgspec
 
+from executor import spare
 from executor.blobs import Blobs
 from executor.boot import BootError, load_functions, ready
 from executor.files import StoreSettings
@@ -27,7 +29,7 @@ from executor.runner import Limits, Runner
 from executor.service import Service
 from gen_worker.pipe.arena import ArenaError, ArenaReader, ArenaWriter
 from gen_worker.pipe.frames import FrameError
-from gen_worker.pipe.messages import Fatal, Init, Shutdown, decode_downward
+from gen_worker.pipe.messages import Fatal, Init, Shutdown, Take, decode_downward
 from gen_worker.signature import FunctionSpec
 
 
@@ -37,11 +39,15 @@ class Reader:
     def __init__(self, link: Link, departure: Departure) -> None:
         self.init: queue.SimpleQueue[Init] = queue.SimpleQueue()
         """Gets the one Init."""
+        self.take: queue.SimpleQueue[Take] = queue.SimpleQueue()
+        """Gets the one Take, in a spare."""
         self.service: Service | None = None
-        """Set before Ready is sent: the supervisor sends nothing but Shutdown before it."""
+        """Set before Ready is sent: the supervisor sends nothing but Take and Shutdown before it."""
         self._link = link
         self._departure = departure
         self._has_init = False
+        self._is_spare = False
+        """Whether a Take is still to come."""
 
     def start(self) -> None:
         threading.Thread(target=self._read, name="pipe-reader", daemon=True).start()
@@ -72,7 +78,11 @@ class Reader:
                 self._departure.stop_by(0)
             elif isinstance(message, Init) and not self._has_init:
                 self._has_init = True
+                self._is_spare = message.spare
                 self.init.put(message)
+            elif isinstance(message, Take) and self._is_spare:
+                self._is_spare = False
+                self.take.put(message)
             else:
                 raise msgspec.DecodeError(f"{type(message).__name__} is not expected before Ready")
 
@@ -124,7 +134,12 @@ def main() -> None:
     reader.start()
     init = reader.init.get()
     try:
-        specs = load_functions(init)
+        if init.spare:
+            with spare.low_priority():
+                specs = load_functions(init)
+            init = spare.wait_for_slot(init, link, reader.take)
+        else:
+            specs = load_functions(init)
     except BootError as error:
         departure.fatal(error.fatal, ExitCode.NOT_STARTED)
     loop = asyncio.new_event_loop()

@@ -155,6 +155,20 @@ class Child(asyncio.BufferedProtocol):
         ]
         await self._connect(connection)
 
+    def hand_over(
+        self,
+        *,
+        on_frame: Callable[[bytes], None],
+        on_line: Callable[[str, str], None],
+        on_writable: Callable[[], None],
+        on_exit: Callable[[ExitCause], None],
+    ) -> None:
+        """From now on others are told."""
+        self._on_frame = on_frame
+        self._on_line = on_line
+        self._on_writable = on_writable
+        self._on_exit = on_exit
+
     async def _connect(self, connection: socket.socket) -> None:
         try:
             transport, _ = await self._loop.create_unix_connection(lambda: self, sock=connection)
