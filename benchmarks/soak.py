@@ -101,6 +101,9 @@ class SoakScheduler(LoadScheduler):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self._random = random.Random(seed)
+        self._deck: list[Kind] = []
+        """What comes next of each 100 runs, which have exactly their shares: what is kept of large ones, until it is
+        known to have arrived, must not differ by chance."""
         self._under_way: dict[str, tuple[Kind, float, int]] = {}
         """Run id -> what it is, when it was sent, deltas that came."""
         self._again: deque[Kind] = deque()
@@ -116,9 +119,14 @@ class SoakScheduler(LoadScheduler):
         return len(self._under_way) + len(self._again)
 
     def send_new(self, count: int) -> None:
-        kinds = self._random.choices(KINDS, [kind.share for kind in KINDS], k=count)
-        self._send([*self._again, *kinds])
+        self._send([*self._again, *(self._deal() for _ in range(count))])
         self._again.clear()
+
+    def _deal(self) -> Kind:
+        if not self._deck:
+            self._deck = [kind for kind in KINDS for _ in range(kind.share)]
+            self._random.shuffle(self._deck)
+        return self._deck.pop()
 
     def send_again(self) -> None:
         self._send(self._again)
