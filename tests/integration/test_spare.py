@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
+import psutil
 import pytest
 import pytest_asyncio
 
+from gen_worker.testing.mock_orchestrator import MockOrchestrator
 from supervisor.status import Status
-from tests.support.worker_process import WAIT_S, Chain, chain, eventually, is_alive, wait_for_executors
+from tests.support.other_user import UID, worker_command
+from tests.support.worker_process import WAIT_S, Chain, WorkerProcess, chain, eventually, is_alive, wait_for_executors
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -208,6 +212,31 @@ async def test_modules_that_fail_in_the_spare_alone(tmp_path: Path) -> None:
         assert (await worker.call("look", {}))["edition"] == 1
         (tmp_path / "imported").unlink()
         await parked_pid(worker)
+
+
+async def test_with_executors_that_are_another_user(tmp_path: Path) -> None:
+    """The spare is that user from its start on; and a priority that it can't get back is not given away."""
+    with tempfile.TemporaryDirectory(prefix="gen-worker-spare-") as name:
+        root = Path(name)
+        root.chmod(0o755)
+        (root / "looks.py").write_text(MODULE)
+        env = {"WORKER_WARM_SPARE": "1", "WORKER_EXECUTOR_UID": str(UID), "WORKER_RUN_DIR": str(root / "run")}
+        async with (
+            MockOrchestrator() as orchestrator,
+            WorkerProcess(
+                orchestrator.address, tenant=root, modules="looks", env=env, command=worker_command(root)
+            ) as worker,
+        ):
+            await worker.while_it_runs(wait_for_executors(orchestrator, 1, "look"))
+            found = Chain(orchestrator, worker)
+            spare = await parked_pid(found)
+            assert psutil.Process(spare).uids().real == UID
+            (serving,) = [child for child in worker.executors() if child.pid != spare]
+            serving.send_signal(signal.SIGKILL)
+            await worker.wait_for_log("is the spare")
+            outcome = await found.call("look_on_loop", {})
+            assert outcome["pid"] == spare
+            assert (outcome["nice"], outcome["policy"]) == priority_of(worker.pid)
 
 
 async def test_without_the_setting_there_is_one_process_per_slot(project: Path) -> None:
