@@ -206,7 +206,8 @@ class Soak:
     async def run(self, minutes: float, rate: float) -> None:
         begin = time.monotonic()
         end = begin + minutes * 60
-        kill_at, sample_at, sent = begin + KILL_S, begin + SAMPLE_S, 0
+        # Halfway between two samples, so that each sees the executors as they are once one was replaced.
+        kill_at, sample_at, sent = begin + KILL_S / 2, begin + SAMPLE_S, 0
         while (now := time.monotonic()) < end:
             due = int((now - begin) * rate) - sent
             self._scheduler.send_new(due)
