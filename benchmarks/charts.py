@@ -74,10 +74,10 @@ def soak(found: dict[str, Any]) -> None:
     line(counts, "executor_threads", "threads of the executor with most", "#b5bec8")
     line(load, "runs_s", "runs that succeeded, a second", "#1f77b4")
     line(load, "p50_s", "median latency, ms", "#7f8c9b", 1e3)
-    load.set_xlabel(f"minutes; an executor of {found['executors']} is killed every 5 s, {found['killed']} in all")
+    load.set_xlabel(f"minutes; every 5 s one of {found['executors']} executors is killed, {found['killed']} in all")
     for axes in (memory, counts, load):
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize=7, loc="lower right")
+        axes.legend(fontsize=7, loc="center right")
     memory.set_title(f"{found['machine']}, {found['date']}, {found['transport']}", fontsize=8)
     figure.tight_layout()
     figure.savefig(DOCS / "benchmarks-soak.svg", metadata={"Date": None})
