@@ -54,8 +54,11 @@ test: $(VENV)/.installed ## unit and integration tests
 gpu-test: $(VENV)/.installed ## the tests that need an NVIDIA GPU
 	@$(BIN)/python -m pytest -m gpu
 
-soak: $(VENV)/.installed ## the tests that take minutes
+soak: $(VENV)/.installed ## the tests that take minutes, then 30 minutes of load with a crash every 5 s; draws its chart
+	@$(PIP) install -e '.[bench]'
 	@$(BIN)/python -m pytest -m soak
+	@$(BIN)/python benchmarks/soak.py --minutes 30
+	@$(BIN)/python benchmarks/charts.py
 
 bench: $(VENV)/.installed ## the worker beside a bare gRPC echo, as ratios; draws the charts in docs/
 	@$(PIP) install -e '.[bench]'

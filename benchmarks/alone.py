@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import socket
 import sys
 import time
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import psutil
-from load import START_S, LoadScheduler, RunFailed, Subject, subject
+from load import START_S, LoadScheduler, RunFailed, subject
 from measures import DRIVEN, SMALL
+
+from supervisor.status import Status
 
 HERE: Final = Path(__file__).resolve().parent
 WORKER: Final = (sys.executable, "-m", "gen_worker.entrypoint")
@@ -35,14 +41,19 @@ async def first_registration(env: dict[str, str], cwd: str, executors: int) -> t
 
 
 async def executor_replaced(env: dict[str, str], cwd: str) -> float:
-    """Seconds from the kill of the only executor to the first run after it that succeeds.
+    """Seconds from the kill of the only executor to the first run after it that succeeds; a spare is waited for.
 
     One that reaches the dead process before the supervisor has noticed is answered `retryable`, and sent again.
     """
-    async with subject("worker", WORKER, env, cwd) as worker:
+    port = free_port()
+    async with subject("worker", WORKER, {**env, "WORKER_HTTP_ADDR": f"127.0.0.1:{port}"}, cwd) as worker:
         await worker.scheduler.drive("echo", SMALL, runs=200, window=16)
-        executor = _executor_of(worker)
-        executor.send_signal(signal.SIGKILL)
+        status = await _status(port)
+        async with asyncio.timeout(START_S):
+            while env.get("WORKER_WARM_SPARE") and (status.spare is None or status.spare.state != "parked"):
+                await asyncio.sleep(0.05)
+                status = await _status(port)
+        os.kill(status.executors[0].pid, signal.SIGKILL)
         executor_died = time.monotonic()
         while True:
             with suppress(RunFailed):
@@ -50,9 +61,21 @@ async def executor_replaced(env: dict[str, str], cwd: str) -> float:
                 return time.monotonic() - executor_died
 
 
-def _executor_of(worker: Subject) -> psutil.Process:
-    (executor,) = [child for child in psutil.Process(worker.process.pid).children() if "executor" in child.cmdline()]
-    return executor
+async def _status(port: int) -> Status:
+    body = await asyncio.to_thread(read, f"http://127.0.0.1:{port}/status")
+    return msgspec.json.decode(body, type=Status)
+
+
+def read(url: str) -> bytes:
+    """What a worker answers over HTTP."""
+    with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310  (our own worker's)
+        return bytes(answer.read())
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody has now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 async def resident(env: dict[str, str], cwd: str, runs: int, steps: int = 10) -> list[int]:

@@ -137,6 +137,11 @@ async def by_themselves(rounds: int, only: str, *, quick: bool) -> list[Row]:
     def add(measure: str, name: str, unit: str, rounds_: list[float], goal: float | None) -> None:
         rows.append(Row(measure, name, unit, statistics.median(rounds_), goal=goal, rounds=rounds_))
 
+    if only in "executor killed to next run served, torch":
+        env = environment(**SUBJECTS["grpcio"], USER_MODULES="bench_functions,bench_torch")
+        for what, more, goal in (("", {}, None), (" and a spare", {"WORKER_WARM_SPARE": "1"}, 0.5)):
+            figures_ = [await executor_replaced({**env, **more}, str(HERE)) for _ in range(rounds)]
+            add(f"executor killed to next run served, torch{what}", "grpcio", "s", figures_, goal)
     for name in ("grpcio", "h2"):
         settings = SUBJECTS[name]
         for count, goal in ((1, 0.8), (8, 2.0)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from floor import Count, Delta, Echo
@@ -23,4 +24,11 @@ def count(ctx: ActionContext, payload: Count) -> Iterator[Delta]:
 @worker_function(resources=ResourceRequirements(max_concurrency=1))
 def once(ctx: ActionContext, payload: Echo) -> Echo:
     """Its concurrency is the number of executors that serve."""
+    return payload
+
+
+@worker_function()
+def hold(ctx: ActionContext, payload: Echo) -> Echo:
+    """Half a second of a run under way, for what happens meanwhile."""
+    time.sleep(0.5)
     return payload

@@ -1,4 +1,4 @@
-"""Draws docs/*.svg from benchmarks/out/bench.json.
+"""Draws docs/*.svg from benchmarks/out/bench.json and soak.json, as far as they are there.
 
 python benchmarks/charts.py
 """
@@ -54,8 +54,40 @@ def rounds(found: dict[str, Any]) -> None:
     figure.savefig(DOCS / "benchmarks-rounds.svg", metadata={"Date": None})
 
 
+def soak(found: dict[str, Any]) -> None:
+    """Memory, descriptors and threads, and what the load saw, over the minutes of a soak."""
+    samples = found["samples"]
+    minutes = [sample["at_s"] / 60 for sample in samples]
+    figure, (memory, counts, load) = plt.subplots(3, 1, figsize=(9, 7), sharex=True)
+
+    def line(axes: Any, name: str, label: str, color: str, scale: float = 1.0) -> None:
+        axes.plot(minutes, [sample[name] * scale for sample in samples], label=label, color=color, linewidth=1)
+
+    line(memory, "supervisor_bytes", "supervisor, with the shared memory of payloads", "#7fb2d9", 2**-20)
+    line(memory, "supervisor_own_bytes", "supervisor, its own", "#1f77b4", 2**-20)
+    per_executor = [sample["executor_bytes"] / max(1, sample["executors"]) / 2**20 for sample in samples]
+    memory.plot(minutes, per_executor, label="one executor, on average", color="#7f8c9b", linewidth=1)
+    memory.set_ylabel("MiB")
+    line(counts, "supervisor_files", "descriptors of the supervisor", "#1f77b4")
+    line(counts, "supervisor_threads", "threads of the supervisor", "#7fb2d9")
+    line(counts, "executor_files", "descriptors of the executor with most", "#7f8c9b")
+    line(counts, "executor_threads", "threads of the executor with most", "#b5bec8")
+    line(load, "runs_s", "runs that succeeded, a second", "#1f77b4")
+    line(load, "p50_s", "median latency, ms", "#7f8c9b", 1e3)
+    load.set_xlabel(f"minutes; every 5 s one of {found['executors']} executors is killed, {found['killed']} in all")
+    for axes in (memory, counts, load):
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=7, loc="center right")
+    memory.set_title(f"{found['machine']}, {found['date']}, {found['transport']}", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(DOCS / "benchmarks-soak.svg", metadata={"Date": None})
+
+
 if __name__ == "__main__":
-    bench = json.loads((HERE / "out" / "bench.json").read_text())
     plt.rcParams["svg.hashsalt"] = "gen-worker"
-    ratios(bench)
-    rounds(bench)
+    for name, draws in (("bench", (ratios, rounds)), ("soak", (soak,))):
+        path = HERE / "out" / f"{name}.json"
+        if path.exists():
+            made = json.loads(path.read_text())
+            for draw in draws:
+                draw(made)

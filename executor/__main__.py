@@ -2,7 +2,8 @@
 
 1. tie this process to its parent's life and take the pipe;
 2. a reader thread waits for Init, and from then on for the end of the pipe, while this thread imports tenant code;
-3. Ready; this thread becomes the event loop of async functions, the reader feeds the Service;
+3. Ready (a spare says Parked first, and waits for its slot: spare.py); this thread becomes the event loop of async
+   functions, the reader feeds the Service;
 4. leave by Shutdown, or by any of the ends in process.py.
 """
 
@@ -14,6 +15,7 @@ import faulthandler
 import signal
 import threading
 
+from executor import spare
 from executor.blobs import Blobs
 from executor.boot import BootError, load_functions, ready
 from executor.files import StoreSettings
@@ -75,7 +77,12 @@ def main() -> None:
     reader.start()
     init = reader.init.get()
     try:
-        specs = load_functions(init)
+        if init.spare:
+            with spare.low_priority():
+                specs = load_functions(init)
+            init = spare.wait_for_slot(init, link, reader.take)
+        else:
+            specs = load_functions(init)
     except BootError as error:
         departure.fatal(error.fatal, ExitCode.NOT_STARTED)
     loop = asyncio.new_event_loop()

@@ -3,7 +3,7 @@
 Owns: which thread reads. It is one at a time, and for as long as it is the reader it alone uses the Link's receiving
 side and feeds the Service.
 
-1. Before Ready there is Init, or Shutdown; then every frame is the Service's.
+1. Before Ready there is Init (and Take, for a spare), or Shutdown; then every frame is the Service's.
 2. A run whose function has proved brief (pace.py) is run by the thread that read it: handing it to another thread takes
    longer than such a run does.
 3. Nobody reads meanwhile. So a relief thread looks every TICK_S, and when a run has been on the reader since its last
@@ -26,7 +26,7 @@ from executor.process import Departure, ExitCode, say
 from executor.service import Service
 from gen_worker.pipe.arena import ArenaError
 from gen_worker.pipe.frames import FrameError
-from gen_worker.pipe.messages import Fatal, Init, Shutdown, decode_downward
+from gen_worker.pipe.messages import Fatal, Init, Shutdown, Take, decode_downward
 
 TICK_S: Final = 0.005
 QUIET_TICKS: Final = 20
@@ -39,11 +39,15 @@ class Reader:
     def __init__(self, link: Link, departure: Departure) -> None:
         self.init: queue.SimpleQueue[Init] = queue.SimpleQueue()
         """Gets the one Init."""
+        self.take: queue.SimpleQueue[Take] = queue.SimpleQueue()
+        """Gets the one Take, in a spare."""
         self.service: Service | None = None
-        """Set before Ready is sent: the supervisor sends nothing but Shutdown before it."""
+        """Set before Ready is sent: the supervisor sends nothing but Take and Shutdown before it."""
         self._link = link
         self._departure = departure
         self._has_init = False
+        self._is_spare = False
+        """Whether a Take is still to come."""
         self._relief = Relief(self.start)
 
     def start(self) -> None:
@@ -77,7 +81,11 @@ class Reader:
                 self._departure.stop_by(0)
             elif isinstance(message, Init) and not self._has_init:
                 self._has_init = True
+                self._is_spare = message.spare
                 self.init.put(message)
+            elif isinstance(message, Take) and self._is_spare:
+                self._is_spare = False
+                self.take.put(message)
             else:
                 raise msgspec.DecodeError(f"{type(message).__name__} is not expected before Ready")
 

@@ -81,10 +81,7 @@ class Child(asyncio.BufferedProtocol):
         on_writable: Callable[[], None],
         on_exit: Callable[[ExitCause], None],
     ) -> None:
-        self._on_frame = on_frame
-        self._on_line = on_line
-        self._on_writable = on_writable
-        self._on_exit = on_exit
+        self.hand_over(on_frame=on_frame, on_line=on_line, on_writable=on_writable, on_exit=on_exit)
         self._loop = asyncio.get_running_loop()
         self._decoder = FrameDecoder()
         self._buffer = memoryview(bytearray(READ_BYTES))
@@ -154,6 +151,20 @@ class Child(asyncio.BufferedProtocol):
             _OutputLines(self._loop, stderr, "stderr", self._take_line),
         ]
         await self._connect(connection)
+
+    def hand_over(
+        self,
+        *,
+        on_frame: Callable[[bytes], None],
+        on_line: Callable[[str, str], None],
+        on_writable: Callable[[], None],
+        on_exit: Callable[[ExitCause], None],
+    ) -> None:
+        """From now on these are told."""
+        self._on_frame = on_frame
+        self._on_line = on_line
+        self._on_writable = on_writable
+        self._on_exit = on_exit
 
     async def _connect(self, connection: socket.socket) -> None:
         try:

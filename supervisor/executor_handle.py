@@ -36,6 +36,7 @@ from gen_worker.pipe.messages import (
     Memory,
     ModelLoaded,
     ModelUnloaded,
+    Parked,
     Payload,
     Ready,
     Result,
@@ -45,6 +46,7 @@ from gen_worker.pipe.messages import (
     SocketFrame,
     SocketOpen,
     StoreFile,
+    Take,
     UnloadModel,
     Upward,
     decode_upward,
@@ -64,6 +66,8 @@ log = logging.getLogger(__name__)
 
 LEAVE_S: Final = 5.0
 """An executor that said that it leaves (Fatal) has this long; a driver in disorder can hold a process up."""
+TAKE_S: Final = 3.0
+"""For a spare to say that it serves its slot: it has nothing left to do for it but to make an event loop."""
 LOOP_RUNS: Final = 8192
 """Runs of async functions at once, far more than one event loop serves well; the rest waits in the supervisor."""
 PAUSED_RUNS: Final = 64
@@ -116,6 +120,8 @@ class ExecutorHandle:
         """Whether this supervisor ended it, for a deadline, a cancel or its own end."""
         self.poisoned = False
         """Whether one of its runs cost it the device context."""
+        self.adopted = False
+        """Whether it was a spare before."""
         self.recycled = ""
         """Why it is to be replaced, by no fault of a run; "" when it is not."""
         self.memory = Memory(0, 0, 0)
@@ -128,6 +134,7 @@ class ExecutorHandle:
         self._paused: set[int] = set()
         """Keys of runs that take no place: they wait for their inputs."""
         self._leaving: asyncio.TimerHandle | None = None
+        self._taking: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._running: Counter[str] = Counter()
@@ -166,6 +173,21 @@ class ExecutorHandle:
         await self._child.spawn("executor", [], env, init.project_root, user)
         log.info("executor %s started: pid %d on %s", self.name, self.pid, self.device.name or "the CPU")
         self._send(init)
+
+    def adopt(self, child: Child) -> None:
+        """Take a spare, parked, instead of starting a process."""
+        self.adopted = True
+        self._child = child
+        child.hand_over(
+            on_frame=self._on_frame,
+            on_line=self._output.line,
+            on_writable=lambda: self._events.executor_writable(self),
+            on_exit=self._on_exit,
+        )
+        log.info("executor %s is the spare: pid %d on %s", self.name, self.pid, self.device.name or "the CPU")
+        reason = f"as a spare it had {TAKE_S:g} s to serve its slot"
+        self._taking = asyncio.get_running_loop().call_later(TAKE_S, self.kill, reason)
+        self._send(Take(self.slot, self.device.torch_device, self.device.visible))
 
     def drain(self) -> None:
         """Take no runs any more: STARTING or READY -> DRAINING."""
@@ -363,7 +385,7 @@ class ExecutorHandle:
                 self._child.arena_down.free(message.offset)
             case FetchFile() | StoreFile():
                 self._events.run_file(self, message)
-            case Ready():
+            case Ready() | Parked():
                 self._ready(message)
             case Memory():
                 self.memory = message
@@ -421,7 +443,11 @@ class ExecutorHandle:
             self.poisoned = True
             self._leaves()
 
-    def _ready(self, ready: Ready) -> None:
+    def _ready(self, ready: Ready | Parked) -> None:
+        self._took_slot()
+        if isinstance(ready, Parked):
+            self._break("it said that it waits for a slot, and has one")
+            return
         if ready.protocol != PIPE_PROTOCOL:
             self.kill(f"it speaks pipe protocol {ready.protocol}, this supervisor {PIPE_PROTOCOL}")
             return
@@ -435,10 +461,16 @@ class ExecutorHandle:
         self.state = HandleState.READY
         self._events.executor_ready(self)
 
+    def _took_slot(self) -> None:
+        """Nothing waits for it to do so any more."""
+        if self._taking is not None:
+            self._taking.cancel()
+
     def _on_exit(self, cause: ExitCause) -> None:
         if self.state is HandleState.DEAD:
             return
         self.state = HandleState.DEAD
+        self._took_slot()
         self._output.say_left_out()
         self._events.executor_died(self, cause)
 

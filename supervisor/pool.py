@@ -7,6 +7,7 @@ Owns: how many there are, when a dead one is replaced, and when a slot is given 
    recycled (drained, because of memory that it kept) is replaced at once, however often.
 3. BOOT_FAILURES deaths in a row before being ready close the slot: what it says will not change by itself.
 4. `renew` replaces one slot's executor on purpose, without backoff, and opens a closed slot again.
+5. A slot that may be filled takes the spare (spare.py), when there is one, instead of a new process.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from supervisor.executor_handle import ExecutorHandle, HandleEvents, HandleState
 from supervisor.executor_user import ExecutorUser
 from supervisor.observer import Observer
 from supervisor.respawn import Respawn
+from supervisor.spare import Spare, SpareView
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +81,9 @@ class Pool:
         user: ExecutorUser | None = None,
         explain: Callable[[ExitCause], ExitCause] = lambda cause: cause,
         observer: Observer | None = None,
+        warm_spare: bool = False,
     ) -> None:
-        """`user` is whom executors run as; `explain` may know more of why one died."""
+        """`user` is whom executors run as; `explain` may know more of why one died; `warm_spare`: keep one ready."""
         self._slots = [_Slot(number, device) for number, device in enumerate(devices)]
         self._init = init
         self._env = env
@@ -93,6 +96,7 @@ class Pool:
         self._loop = asyncio.get_running_loop()
         self._spawning: set[asyncio.Task[None]] = set()
         self._stopping = False
+        self._spare = Spare(devices, init=init, env=env, user=user, wanted=self._all_serve) if warm_spare else None
         self._empty = asyncio.Event()
         self.last_failure = ""
         """Why the last slot was closed, in one line."""
@@ -122,11 +126,25 @@ class Pool:
         """Slots that have an executor or will have one again."""
         return sum(not slot.closed for slot in self._slots)
 
+    @property
+    def spare(self) -> SpareView | None:
+        """The executor that waits for a slot; None when there is none."""
+        return None if self._spare is None else self._spare.view
+
+    def _all_serve(self) -> bool:
+        """Whether every slot that is not given up has an executor that takes runs."""
+        return not self._stopping and 0 < len(self.ready) == self.open_slots
+
     # -- life ---------------------------------------------------------------------------------
 
     def start(self) -> None:
         for slot in self._slots:
             self._spawn(slot)
+
+    def new_code(self) -> None:
+        """What is imported from now on is another code: a spare that has the old one is of no use."""
+        if self._spare is not None:
+            self._spare.discard("there is new code")
 
     async def renew(self, number: int, reason: str, drain_s: float) -> bool:
         """Replace one slot's executor: it takes no runs, has drain_s for those that it runs, and leaves.
@@ -169,6 +187,7 @@ class Pool:
             slot.settled.set()
             if slot.respawn is not None:
                 slot.respawn.cancel()
+        spare = self._loop.create_task(self._spare.close(reason, KILL_WAIT_S)) if self._spare is not None else None
         for handle in self.handles:
             if not handle.runs and grace_s > 0:
                 handle.shutdown()
@@ -177,6 +196,8 @@ class Pool:
         await self._wait_empty(grace_s)
         self.kill(reason)
         await self._wait_empty(KILL_WAIT_S)
+        if spare is not None:
+            await spare
 
     def kill(self, reason: str) -> None:
         """End all executors now; `stop` then returns."""
@@ -207,6 +228,11 @@ class Pool:
         slot.incarnation += 1
         slot.started_at = self._loop.time()
         slot.handle = handle
+        spare = self._spare.take() if self._spare is not None else None
+        if spare is not None:
+            handle.adopt(spare)
+            self._observer.executor_started(handle)
+            return
         try:
             await handle.start(self._init(slot.number, slot.device), self._env(slot.device), self._user)
         except (OSError, ValueError) as error:  # ValueError: what can't be in an environment
@@ -226,7 +252,12 @@ class Pool:
         was_ready = bool(handle.functions)
         if not self._stopping:
             self._observer.executor_died(handle, cause)
-        if slot.renewing and not self._stopping:
+        if handle.adopted and not was_ready and not self._stopping:
+            log.warning("executor %s, a spare, was lost before it served: %s; a new one starts", handle.name, cause)
+            if self._spare is not None:
+                self._spare.lost()
+            self._spawn(slot)
+        elif slot.renewing and not self._stopping:
             log.info("executor %s left (%s): its slot is filled anew", handle.name, cause)
             self._spawn(slot)
         elif not self._stopping:
@@ -242,6 +273,10 @@ class Pool:
         if not self.handles:
             self._empty.set()
 
+    def _have_spare(self) -> None:
+        if self._spare is not None:
+            self._spare.want()
+
     def _replace(self, slot: _Slot, words: str, *, was_ready: bool) -> None:
         slot.boot_failures = 0 if was_ready else slot.boot_failures + 1
         if slot.boot_failures >= BOOT_FAILURES:
@@ -251,6 +286,7 @@ class Pool:
             log.error("executor slot %d stays down after %d failed starts: %s", slot.number, BOOT_FAILURES, words)
             if not self.open_slots:
                 self._on_all_closed()
+            self._have_spare()
             return
         delay = slot.delay_after_death(self._loop.time() - slot.started_at)
         what = "died" if was_ready else f"failed to start ({slot.boot_failures} of {BOOT_FAILURES})"
@@ -279,6 +315,7 @@ class _SlotEvents:
     def executor_ready(self, handle: ExecutorHandle) -> None:
         self._slot.settled.set()
         self._pool._events.executor_ready(handle)  # noqa: SLF001
+        self._pool._have_spare()  # noqa: SLF001
 
     def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None:
         cause = self._pool._explain(cause)  # noqa: SLF001

@@ -355,7 +355,7 @@ class Settings:
 
 NOT_USED_YET: Final = frozenset(
     {
-        "WORKER_WARM_SPARE", "TENANT_ID",
+        "TENANT_ID",
     }
 )  # fmt: skip
 """Variables that are read and checked, and have no effect in this version; help and documentation say so."""

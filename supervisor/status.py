@@ -58,6 +58,15 @@ class ExecutorStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Processes that this slot had so far."""
 
 
+class SpareStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The executor that waits for a slot (WORKER_WARM_SPARE)."""
+
+    pid: int
+    state: str
+    """`starting` or `parked`."""
+    resident_bytes: int
+
+
 class GpuStatus(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     """Of the executor's slot."""
@@ -136,6 +145,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     worker: WorkerStatus
     scheduler: SchedulerStatus
     executors: list[ExecutorStatus]
+    spare: SpareStatus | None = None
+    """None: there is none now, or none is kept."""
     gpus: list[GpuStatus]
     models: list[ModelStatus]
     runs: list[RunStatus]

@@ -26,6 +26,7 @@ from supervisor.pool import SlotView
 from supervisor.residency import HeldModel
 from supervisor.runs import Run
 from supervisor.settings import Settings
+from supervisor.spare import SpareView
 from supervisor.status import (
     ExecutorStatus,
     FaultStatus,
@@ -35,6 +36,7 @@ from supervisor.status import (
     RateStatus,
     RunStatus,
     SchedulerStatus,
+    SpareStatus,
     Status,
     WorkerStatus,
 )
@@ -65,6 +67,8 @@ class Slots(Protocol):
     def slots(self) -> Sequence[SlotView]: ...
     @property
     def ready(self) -> Sequence[object]: ...
+    @property
+    def spare(self) -> SpareView | None: ...
 
 
 class Ledger(Protocol):
@@ -134,6 +138,7 @@ class StatusSource:
                 failed_dials=self.session.failed_dials,
             ),
             executors=[_executor(slot) for slot in self.pool.slots],
+            spare=_spare(self.pool.spare),
             gpus=[self._gpu(slot) for slot in self.pool.slots if slot.device.is_gpu],
             models=self._models(),
             runs=[self._run(run) for run in islice(self.dispatcher.active_runs, MAX_RUNS)],
@@ -255,6 +260,16 @@ def _executor(slot: SlotView) -> ExecutorStatus:
         runs=handle.load if handle else 0,
         starts=slot.starts,
     )
+
+
+def _spare(view: SpareView | None) -> SpareStatus | None:
+    if view is None:
+        return None
+    try:
+        resident = int(psutil.Process(view.pid).memory_info().rss)
+    except psutil.NoSuchProcess:
+        return None  # its death is about to be noticed
+    return SpareStatus(pid=view.pid, state="parked" if view.parked else "starting", resident_bytes=resident)
 
 
 def _decoded(progress: bytes) -> tuple[float | None, str]:

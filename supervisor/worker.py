@@ -136,6 +136,7 @@ class Worker:
             user=place.user,
             explain=self._oom.explain,
             observer=observer,
+            warm_spare=settings.warm_spare,
         )
         self._renewal = Renewal(lambda: self._pool, settings.drain_timeout_seconds, self._read_project)
         registration = Registration(settings, self._pool, self._dispatcher, self._residency, self._probe)
@@ -300,6 +301,7 @@ class Worker:
             log.error("the executors stay as they are: %s", error)
             return False
         self._dispatcher.new_code()
+        self._pool.new_code()
         return True
 
     def _announce(self) -> None:

@@ -24,7 +24,7 @@ BAR: Final = 16
 _GIB: Final = 2**30
 _MIB: Final = 2**20
 _COLOURS: Final = {
-    "ready": "green", "hot": "green", "running": "green", "starting": "yellow", "loading": "yellow",
+    "ready": "green", "hot": "green", "running": "green", "parked": "green", "starting": "yellow", "loading": "yellow",
     "downloading": "yellow", "waiting_model": "yellow", "draining": "yellow", "replaced": "yellow",
     "unloading": "yellow", "canceling": "yellow", "given_up": "red",
 }  # fmt: skip
@@ -79,6 +79,8 @@ def _executors(status: Status) -> Table:
             executor.name, _state(executor.state), str(executor.pid or "-"), plain(executor.gpu or "-"),
             str(executor.runs), str(executor.starts),
         )  # fmt: skip
+    if (spare := status.spare) is not None:
+        table.add_row("spare", _state(spare.state), str(spare.pid), _size(spare.resident_bytes), "", "")
     return table
 
 

@@ -8,6 +8,7 @@ one run can't be taken for another that reuses its `run_id`.
 
     supervisor -> executor              executor -> supervisor
     Init        once, first             Ready       once, when it can take runs
+    Take        to a spare              Parked      of a spare: Take may come
     Run, Cancel, Credit                 Event, Deltas, Result
     SocketOpen                          Event, Result
     SocketFrame, SocketClose            SocketFrame, SocketClose
@@ -115,6 +116,8 @@ class Init(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """The abstract Unix socket that takes open files to be stored; empty: nothing can be stored."""
     max_upload_bytes: int = 0
     """Of one saved file; 0: no limit."""
+    spare: bool = False
+    """It has no slot yet: it imports, says Parked, and is Ready after Take, whose slot and device count then."""
 
 
 class Run(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -167,6 +170,16 @@ class Free(msgspec.Struct, frozen=True, array_like=True, tag=8):
     """Both ways: the blob at `offset` of the receiver's arena was read and may be reused."""
 
     offset: int
+
+
+class Take(msgspec.Struct, frozen=True, array_like=True, tag=17):
+    """To a spare: the slot and device that it serves from now on."""
+
+    slot: int
+    device: str
+    """As in Init."""
+    visible: str
+    """CUDA_VISIBLE_DEVICES."""
 
 
 class LocalFile(msgspec.Struct, frozen=True, array_like=True):
@@ -245,6 +258,18 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=20):
     functions: tuple[FunctionInfo, ...]
     versions: dict[str, str]
     """Of torch, cuda, tensorrt, onnxruntime and python, as far as they are there."""
+
+
+CudaUse = Literal["", "driver", "context"]
+"""What a process has made of CUDA: nothing; its driver, which keeps to the devices visible then; memory of a device."""
+
+
+class Parked(msgspec.Struct, frozen=True, array_like=True, tag=30):
+    """A spare has imported what an executor imports, and waits for its Take."""
+
+    protocol: int
+    cuda: CudaUse = ""
+    """What importing the tenant's modules made of CUDA."""
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True, tag=21, rename={"type": "event_type"}):
@@ -336,12 +361,12 @@ class Memory(msgspec.Struct, frozen=True, array_like=True, tag=28):
 
 
 Downward = (
-    Init | Run | Cancel | Credit | LoadModel | UnloadModel | Shutdown | Free | FileReply
+    Init | Take | Run | Cancel | Credit | LoadModel | UnloadModel | Shutdown | Free | FileReply
     | SocketOpen | SocketFrame | SocketClose | SocketCredit
 )  # fmt: skip
 Upward = (
-    Ready | Event | Deltas | Result | ModelLoaded | ModelUnloaded | Fatal | Free | FetchFile | StoreFile | Memory
-    | SocketFrame | SocketClose | SocketCredit
+    Ready | Parked | Event | Deltas | Result | ModelLoaded | ModelUnloaded | Fatal | Free | FetchFile | StoreFile
+    | Memory | SocketFrame | SocketClose | SocketCredit
 )  # fmt: skip
 
 encode = msgspec.msgpack.Encoder().encode

@@ -129,6 +129,16 @@ class RecordingChild:
         self.arena_down = ArenaWriter(create_arena("down"))
         self.arena_up = ArenaReader(create_arena("up"))
 
+    def hand_over(
+        self,
+        *,
+        on_frame: Callable[[bytes], None],
+        on_line: Callable[[str, str], None],
+        on_writable: Callable[[], None],
+        on_exit: Callable[[ExitCause], None],
+    ) -> None:
+        self.on_frame, self.on_line, self.on_writable, self.on_exit = on_frame, on_line, on_writable, on_exit
+
     async def spawn(self, *command: object) -> None:
         raise AssertionError("no process in these tests")
 

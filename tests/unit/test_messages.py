@@ -23,9 +23,10 @@ BOTH_WAYS: list[tuple[Any, list[Any]]] = [
 
 DOWN: list[tuple[Any, list[Any]]] = [
     (
-        m.Init(1, 2, "cuda:0", ("a", "b"), "/app", "/run", 64, 5.0, 100, 200, 0, {"torch.Tensor": "mod:load"}),
-        [1, 1, 2, "cuda:0", ["a", "b"], "/app", "/run", 64, 5.0, 100, 200, 0, {"torch.Tensor": "mod:load"}, "", 0],
+        m.Init(1, 2, "cuda:0", ("a", "b"), "/app", "/run", 64, 5.0, 100, 200, 0, {"a.Tensor": "mod:load"}),
+        [1, 1, 2, "cuda:0", ["a", "b"], "/app", "/run", 64, 5.0, 100, 200, 0, {"a.Tensor": "mod:load"}, "", 0, False],
     ),
+    (m.Take(1, "cuda:0", "GPU-1"), [17, 1, "cuda:0", "GPU-1"]),
     (
         m.Run(7, "run-7", "draw", b"\x80", {"pipe": "cozy:a/b:latest"}, 1500, 12.5, "tenant", "user", 262144),
         [2, 7, "run-7", "draw", b"\x80", {"pipe": "cozy:a/b:latest"}, 1500, 12.5, "tenant", "user", 262144],
@@ -60,6 +61,7 @@ DOWN: list[tuple[Any, list[Any]]] = [
 ]
 
 UP: list[tuple[Any, list[Any]]] = [
+    (m.Parked(1, "driver"), [30, 1, "driver"]),
     (
         m.Ready(
             1,

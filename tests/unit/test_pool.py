@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import pytest
 import supervisor.respawn as module
 from gen_worker.pipe.messages import PIPE_PROTOCOL, Fatal, FunctionInfo, Init, Ready, Shutdown, encode
 from supervisor.child import ExitCause
-from supervisor.devices import CpuProbe
+from supervisor.devices import CpuProbe, Device
 from supervisor.executor_handle import ExecutorHandle, HandleState
 from supervisor.pool import BOOT_FAILURES, Pool, _Slot
 from supervisor.respawn import ALIVE_S, BACKOFF_MAX_S
@@ -48,17 +48,18 @@ class Listener:
 
 
 class Slots:
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, devices: Sequence[Device] | None = None, *, warm_spare: bool = False) -> None:
         self.listener = Listener()
         self.all_closed = 0
         init = Init(PIPE_PROTOCOL, 0, "cpu", (), "/", "/run", 1, 5.0, 0, 0, 0, {})
         self.pool = Pool(
-            CpuProbe(count).devices,
+            devices or CpuProbe(count).devices,
             init=lambda _slot, _device: init,
             env=lambda _device: {},
             threads=1,
             events=self.listener,
             on_all_closed=self._closed,
+            warm_spare=warm_spare,
         )
 
     def _closed(self) -> None:

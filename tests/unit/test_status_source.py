@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from supervisor.config import load_settings
 from supervisor.devices import Device, DeviceError, DeviceMemory
 from supervisor.model_source import FetchProgress
 from supervisor.pool import SlotView
+from supervisor.spare import SpareView
 from supervisor.status import Status
 from supervisor.status_source import MAX_RUNS, StatusSource
 from supervisor.telemetry import Telemetry
@@ -35,6 +37,7 @@ class Pool:
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
         self.closed = False
+        self.spare: SpareView | None = None
 
     @property
     def ready(self) -> list[Any]:
@@ -149,6 +152,20 @@ async def test_executors_and_gpus(bench: Bench) -> None:
     assert bench.metric("executors", state="ready") == 1
     assert bench.metric("gpu_memory_used_bytes", gpu="1", uuid="GPU-1") == 700
     assert bench.metric("gpu_utilization_ratio", gpu="0", uuid="GPU-0") == 0.25
+
+
+async def test_the_spare_is_no_executor(bench: Bench) -> None:
+    executors = bench.status().executors
+    assert bench.status().spare is None
+    for parked, state in ((False, "starting"), (True, "parked")):
+        bench.pool.spare = SpareView(os.getpid(), parked)
+        status = bench.status()
+        assert status.spare is not None
+        assert (status.spare.pid, status.spare.state) == (os.getpid(), state)
+        assert status.spare.resident_bytes > 2**20
+        assert status.executors == executors
+    bench.pool.spare = SpareView(2**22 + 1, True)  # beyond any pid
+    assert bench.status().spare is None, "its death is about to be noticed"
 
 
 async def test_a_gpu_that_can_not_be_asked(bench: Bench) -> None:

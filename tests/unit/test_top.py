@@ -99,6 +99,14 @@ def test_the_view() -> None:
     assert "\x1b" not in text
 
 
+def test_the_spare_is_a_line_of_its_own() -> None:
+    assert "spare" not in drawn(STATUS)
+    spare = {"pid": 4242, "state": "parked", "resident_bytes": 300 * 2**20}
+    (line,) = [line for line in drawn({**STATUS, "spare": spare}).splitlines() if "spare" in line]
+    for words in ("4242", "parked", "300 MiB"):
+        assert words in line
+
+
 def test_an_empty_worker_and_a_view_that_is_old() -> None:
     empty = {**STATUS, "gpus": [], "models": [], "runs": [], "faults": [], "outcomes": {}}
     empty["queue"] = {**STATUS["queue"], "runs": {}, "reading": True}
