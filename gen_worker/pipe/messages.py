@@ -264,7 +264,7 @@ CudaUse = Literal["", "driver", "context"]
 """What a process has made of CUDA: nothing; its driver, which keeps to the devices visible then; memory of a device."""
 
 
-class Parked(msgspec.Struct, frozen=True, array_like=True, tag=30):
+class Parked(msgspec.Struct, frozen=True, array_like=True, tag=31):
     """A spare has imported what an executor imports, and waits for its Take."""
 
     protocol: int

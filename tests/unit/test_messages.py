@@ -61,7 +61,7 @@ DOWN: list[tuple[Any, list[Any]]] = [
 ]
 
 UP: list[tuple[Any, list[Any]]] = [
-    (m.Parked(1, "driver"), [30, 1, "driver"]),
+    (m.Parked(1, "driver"), [31, 1, "driver"]),
     (
         m.Ready(
             1,
