@@ -5,7 +5,10 @@ How a page says what a block needs, or why it can't run here, is in tests/suppor
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,8 @@ def pages(*, soak: bool) -> list[Path]:
 
 
 def run_page(page: Path, directory: Path, *, soak: bool) -> None:
+    if any(re.search(r"(?m)^curl ", block.text) for block in of_language(page, SHELL)) and not shutil.which("curl"):
+        pytest.skip("curl is not installed")
     with ShellPage(directory) as shell:
         for block in of_language(page, SHELL):
             if bool(block.mark.soak) == soak and not block.mark.not_run:
@@ -40,6 +45,18 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", pages(soak=True), ids=name_of)
 def test_commands_that_take_minutes_run(page: Path, tmp_path: Path) -> None:
     run_page(page, tmp_path, soak=True)
+
+
+def test_the_readme_of_a_new_project_holds(tmp_path: Path) -> None:
+    """It has no marks, which its reader would meet: the server, and what needs Docker or the network, are left out."""
+    with ShellPage(tmp_path) as shell:
+        (init,) = read_blocks(ROOT / "x.md", "```sh\ngen-worker init studio && cd studio\n```\n")
+        shell.run(init)
+        commands, image = read_blocks(ROOT / "x.md", (shell.home / "studio/README.md").read_text())
+        assert image.text == "docker build -t studio .\n"
+        kept = [line for line in commands.text.splitlines() if not line.startswith(("gen-worker serve", "uv lock"))]
+        assert len(kept) == 3
+        shell.run(replace(commands, text="\n".join(kept)))
 
 
 def test_what_is_not_run_has_a_reason_that_holds() -> None:

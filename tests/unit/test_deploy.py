@@ -133,6 +133,15 @@ def test_each_alert_says_what_to_do() -> None:
         assert rule["annotations"]["summary"]
 
 
+def test_promtool_takes_the_rules() -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed (Debian: the package prometheus has it)")
+    done = subprocess.run(
+        ["promtool", "check", "rules", DEPLOY / "prometheus/alerts.yml"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_dashboard_has_room_for_its_panels() -> None:
     dashboard = json.loads((DEPLOY / "grafana/dashboard.json").read_text())
     ids = [panel["id"] for panel in dashboard["panels"]]
@@ -161,6 +170,17 @@ def test_manifests_follow_their_schema(path: Path) -> None:
         jsonschema.validate(found, json.loads((ROOT / "tests/support/schemas/podmonitor.json").read_text()))
     else:
         kubernetes_validate.validate(found, "1.31", strict=True)
+
+
+def test_kustomize_makes_all_of_it() -> None:
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    done = subprocess.run(
+        ["kubectl", "kustomize", DEPLOY / "kubernetes"], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    made = sorted(each["kind"] for each in yaml.safe_load_all(done.stdout))
+    assert made == sorted(kind for path in KUBERNETES if (kind := load(path)["kind"]) != "Kustomization")
 
 
 def test_selectors_and_ports_fit_together() -> None:
