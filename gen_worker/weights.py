@@ -34,17 +34,17 @@ _OTHER_WEIGHTS: Final = frozenset(
 """Counted where a folder has no safetensors, which every library prefers."""
 
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
-
-
 class WeightsError(ValueError):
     """A weights file that is not what its name says."""
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class _Tensor(msgspec.Struct):
     dtype: str
-    shape: tuple[Count, ...]
-    data_offsets: tuple[Count, Count]
+    shape: tuple[_Count, ...]
+    data_offsets: tuple[_Count, _Count]
 
 
 @dataclass(frozen=True, slots=True)

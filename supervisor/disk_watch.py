@@ -7,10 +7,13 @@ no watches of the system, which network file systems do not have.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
+
+log = logging.getLogger(__name__)
 
 WATCH_S: Final = 0.05
 """Half of the 100 ms in which the scheduler is told."""
@@ -51,11 +54,14 @@ class DiskWatch:
         while True:
             await asyncio.sleep(WATCH_S)
             before, stamps = stamps, [_stamp(directory) for directory in records]
-            if stamps != before:
-                self._records_changed()
-            if self._look() != self._known:
-                self.knows()
-                self._models_changed()
+            try:
+                if stamps != before:
+                    self._records_changed()
+                if self._look() != self._known:
+                    self.knows()
+                    self._models_changed()
+            except Exception:
+                log.exception("a defect in telling what changed on disk")  # the next change is told all the same
 
 
 def _stamp(directory: Path) -> tuple[int, bool]:

@@ -24,6 +24,7 @@ class Disk:
         self.models: set[str] = {"a"}
         self.records = root / "records"
         self.told = 0
+        self.defects: set[int] = set()
         self.listings = 0
         self.watch = DiskWatch(
             lambda: frozenset(self.models), models_changed=self._models_changed, records_changed=self._records_changed
@@ -31,6 +32,8 @@ class Disk:
 
     def _models_changed(self) -> None:
         self.told += 1
+        if self.told in self.defects:
+            raise KeyError("a defect")
 
     def _records_changed(self) -> None:
         self.listings += 1
@@ -66,6 +69,15 @@ async def test_records_are_listed_until_their_clock_has_gone_on(disk: Disk) -> N
     await until(lambda: disk.listings == seen + 1, WAIT_S)
     disk.records.rmdir()
     await until(lambda: disk.listings == seen + 2, WAIT_S)
+
+
+async def test_a_defect_in_telling_is_logged_and_not_the_end(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
+    disk.defects = {1}
+    disk.models = {"a", "b"}
+    await until(lambda: disk.told == 1, WAIT_S)
+    disk.models = set()
+    await until(lambda: disk.told == 2, WAIT_S)
+    assert "a defect in telling what changed on disk" in caplog.text
 
 
 async def test_it_stops(disk: Disk) -> None:

@@ -40,7 +40,12 @@ STATUS: dict[str, Any] = {
         {"index": 1, "uuid": "GPU-2", "name": "MIG", "total_bytes": 2**30, "used_bytes": None, "free_bytes": None,
          "models_bytes": 0, "reserved_bytes": 0, "utilization": None},
     ],
-    "models": [{"id": "hf:org/m", "state": "hot", "executors": ["0.1"], "device_bytes": 18 * 2**30}],
+    "models": [
+        {"id": "hf:org/m", "state": "hot", "executors": ["0.1"], "device_bytes": 18 * 2**30},
+        {"id": "hf:org/n", "state": "downloading", "executors": [], "device_bytes": 0, "done_bytes": 5 * 2**29,
+         "total_bytes": 7 * 2**30},
+        {"id": "hf:org/o", "state": "downloading", "executors": [], "device_bytes": 0},
+    ],
     "runs": [
         {"id": f"run-{number}", "function": "paint", "state": "running", "executor": "0.1", "waited_s": 0.2,
          "running_s": 65.0, "progress": 0.5, "stage": "denoise\x1b[31m [bold]"}
@@ -92,6 +97,7 @@ def test_the_view() -> None:
         "1.50 runs/s  0.25 failures/s  40.0 deltas/s", "crashed 2  success 90", "the scheduler is made to wait",
         "given_up", "73%", "20.0 GiB of 80.0 GiB", "18.0 GiB", "unknown of 1.0 GiB", "hf:org/m", "run-19",
         "... and 10 more", "0:01:05", "killed by SIGSEGV", "loop lag 12 ms",
+        "2.5 GiB of 7.0 GiB", "0 MiB of ?",
     ):  # fmt: skip
         assert words in text, words
     assert "run-20" not in text
