@@ -48,10 +48,17 @@ class Reader:
         self._has_init = False
         self._is_spare = False
         """Whether a Take is still to come."""
-        self._relief = Relief(self.start)
+        self._relief = Relief(lambda: self._start(self._take_over))
 
     def start(self) -> None:
-        threading.Thread(target=self._read, name="pipe-reader", daemon=True).start()
+        self._start(self._read)
+
+    def _start(self, read: Callable[[], None]) -> None:
+        threading.Thread(target=read, name="pipe-reader", daemon=True).start()
+
+    def _take_over(self) -> None:
+        if self._relief.relieves():
+            self._read()
 
     def _read(self) -> None:
         try:
@@ -91,14 +98,17 @@ class Reader:
 
 
 class Relief:
-    """Has `take_over` called, which finds another reader, when the reader's work takes longer than a tick or two."""
+    """Has `take_over` called when the reader's work takes longer than a tick or two.
+
+    That has another thread call `relieves`; it may raise RuntimeError when there is none, and is called again.
+    """
 
     def __init__(self, take_over: Callable[[], None], tick_s: float = TICK_S) -> None:
         self._take_over = take_over
         self._tick_s = tick_s
         self._begun = 0
         self._unread: list[int] = []
-        """Has the number of the work that the reader does; whoever takes it out is the reader then, or finds one."""
+        """Has the number of the work that the reader does; whoever takes it out is the reader then."""
         self._asleep: list[threading.Lock] = []
         """Has the relief's lock while that sleeps; whoever takes it out releases it."""
         self._thread: threading.Thread | None = None
@@ -126,6 +136,14 @@ class Relief:
             return False
         return True
 
+    def relieves(self) -> bool:
+        """Whether the calling thread is the reader from now on, instead of one that is at work."""
+        try:
+            self._unread.pop()
+        except IndexError:
+            return False
+        return True
+
     def _watch(self) -> None:
         woken = threading.Lock()
         woken.acquire()
@@ -135,11 +153,8 @@ class Relief:
             if seen != self._begun:
                 seen, quiet = self._begun, 0
             elif self._unread:
-                try:
-                    self._unread.pop()
-                except IndexError:
-                    continue  # it ended at this moment
-                self._take_over()
+                with suppress(RuntimeError):  # no thread to be had now
+                    self._take_over()
             else:
                 quiet += 1
                 if quiet >= QUIET_TICKS:

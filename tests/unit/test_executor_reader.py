@@ -21,11 +21,16 @@ class Readers:
     def __init__(self) -> None:
         self.relief = Relief(self._take_over, TICK_S)
         self.taken_over = threading.Semaphore(0)
-        self.count = 0
+        self.tries = self.count = 0
+        self.without_threads = 0
 
     def _take_over(self) -> None:
-        self.count += 1
-        self.taken_over.release()
+        self.tries += 1
+        if self.tries <= self.without_threads:
+            raise RuntimeError("can't start new thread")
+        if self.relief.relieves():
+            self.count += 1
+            self.taken_over.release()
 
 
 def nothing() -> None:
@@ -48,6 +53,13 @@ def test_long_work_finds_another_reader_and_ends_its_own() -> None:
     readers = Readers()
     assert not readers.relief.covers(lambda: _assert(readers.taken_over.acquire(timeout=20)))
     assert readers.count == 1
+
+
+def test_while_no_thread_can_be_started_it_is_tried_again() -> None:
+    readers = Readers()
+    readers.without_threads = 3
+    assert not readers.relief.covers(lambda: _assert(readers.taken_over.acquire(timeout=20)))
+    assert (readers.tries, readers.count) == (4, 1)
 
 
 def test_the_next_reader_is_not_taken_for_the_one_before() -> None:
