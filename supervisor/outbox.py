@@ -386,7 +386,7 @@ class Outbox:
         self._position += wire_size(data)
         if answer is not None:
             self._backlog.answer_left(answer.cost)
-            if answer.ticket is not None and isinstance(data, bytes):
+            if answer.ticket is not None and not isinstance(data, Joined):  # no result is joined
                 self._retained.add(answer.key, answer.ticket, data, self._position, now)
         elif queue is not None:
             if not queue.transient:
