@@ -61,14 +61,20 @@ def tcp_round_trip_to(port: int) -> float:
 
 
 def _round_trip_of(descriptor: int, port: int) -> float:
+    copy = -1
     try:
-        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-            return 0.0
-        with socket.socket(fileno=os.dup(descriptor)) as connection:
-            if connection.type == socket.SOCK_STREAM and connection.getpeername()[1:2] == (port,):
-                return tcp_round_trip(connection)
+        if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            copy = os.dup(descriptor)
+            connection = socket.socket(fileno=copy)
+            copy = -1  # the socket closes it
+            with connection:
+                if connection.type == socket.SOCK_STREAM and connection.getpeername()[1:2] == (port,):
+                    return tcp_round_trip(connection)
     except OSError:  # it is closed by now, or has no peer
         pass
+    finally:
+        if copy >= 0:
+            os.close(copy)
     return 0.0
 
 
