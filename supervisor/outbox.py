@@ -56,6 +56,10 @@ EVENTS_BYTES: Final = 16 * 1024 * 1024
 """The same for events: here too much may mean repeats, so it is what a window holds, not twice that."""
 EVENTS_BYTES_MAX: Final = 32 * 1024 * 1024
 """Where a transport sees a larger window it is half as much again, up to this."""
+READ_S: Final = 0.0003
+READ_BYTES_A_SECOND: Final = 20e6
+BEHIND_S: Final = 2.0
+"""What a scheduler may take to read an event, and how far a rush may leave it behind: as a loaded one in Python was."""
 DELIVERED_S: Final = 60.0
 """Twice what keepalive (20 s, then 10 s for the answer) needs to notice a broken connection."""
 UNREAD_S: Final = 0.25
@@ -193,7 +197,9 @@ class Outbox:
         self._taken_at = 0.0
         self._retained = Retention(DELIVERED_BYTES)
         self._events = Retention(EVENTS_BYTES)
-        """Events that went out, for the case that they were not read."""
+        """Events that went out, for the case that they were not read; each with the time by which it will have been."""
+        self._read_at = -math.inf
+        """The last one's."""
         self._again: deque[Pack] = deque()
         """Results that go out once more, before all others."""
         self._unpacked: deque[_Answer] = deque()
@@ -322,7 +328,7 @@ class Outbox:
 
     def stream_opened(self) -> None:
         """A new stream stands; what must go again was queued when the last one closed."""
-        self._was_unread, self._refused = False, None
+        self._was_unread, self._refused, self._read_at = False, None, -math.inf
         self._retained.limit_bytes, self._events.limit_bytes = DELIVERED_BYTES, EVENTS_BYTES
 
     def stream_closed(self, status: StreamStatus | None = None, unread: Unread | None = None) -> None:
@@ -391,7 +397,9 @@ class Outbox:
         elif queue is not None:
             if not queue.transient:
                 joined, data = (data.count, data.data) if isinstance(data, Joined) else (0, data)
-                self._events.add(queue.key, joined, data, self._position, now)
+                read_s = READ_S * (joined or 1) + len(data) / READ_BYTES_A_SECOND
+                self._read_at = min(max(now, self._read_at) + read_s, now + BEHIND_S)
+                self._events.add(queue.key, joined, data, self._position, self._read_at)
             queue.credit += item.weight
 
     def _note_refusal(self, status: StreamStatus, results: Sequence[Pack]) -> None:

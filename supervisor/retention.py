@@ -41,7 +41,7 @@ class Pack:
         self.keys = array("Q")
         self.tickets = array("Q")
         self.times = array("d")
-        """When each went out."""
+        """When each went out; of an event, when it will have been read."""
         self.ends = array("Q")
         """Where in the stream each ended, in bytes."""
         self.opened_at = now
@@ -56,7 +56,7 @@ class Pack:
 
     @property
     def sent_at(self) -> float:
-        """When its last message went out."""
+        """The last one's time."""
         return self.times[-1]
 
     @property
@@ -96,7 +96,7 @@ class Pack:
         return left
 
     def after(self, position: int, since: float) -> Pack:
-        """The same without what ended at `position` of the stream or before, or went out before `since`."""
+        """The same without what ended at `position` of the stream or before, or has a time before `since`."""
         start = max(bisect_right(self.ends, position), bisect_left(self.times, since))
         if not start:
             return self

@@ -149,6 +149,12 @@ class _Link:
             return False
         return self.status.result().code in (StatusCode.OK, StatusCode.CANCELLED)
 
+    def unread(self, status: StreamStatus | None) -> Unread:
+        """Nothing when the scheduler ended it after the half-close: it has read all."""
+        if self.draining.is_set() and status is not None and status.code is StatusCode.OK:
+            return Unread(math.inf)
+        return self.stream.unread()
+
     def life(self, now: float) -> Lifetime:
         up_s = None if self.answered_at is None else now - self.answered_at
         return Lifetime(now - self.opened_at, up_s, self.got_message)
@@ -289,7 +295,7 @@ class Session:
             raise
         finally:
             self._link = None
-            self._outgoing.stream_closed(status, link.stream.unread())
+            self._outgoing.stream_closed(status, link.unread(status))
             self._incoming.stream_closed()
         link.status.set_result(status)
         return StreamEnd(target, status, link.life(self._clock.now()), self._epoch, drained=link.drained)

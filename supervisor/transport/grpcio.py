@@ -30,7 +30,7 @@ from gen_worker.wire import METHOD, TRANSPORT_LIMIT_BYTES
 from supervisor.transport import StatusCode, StreamClosed, StreamStatus, TlsFiles, Unread
 from supervisor.transport.joined import Message, apart, count_of
 from supervisor.transport.tls import ca_file, tls_context
-from supervisor.transport.unread import HAND_OVER_S, Load, estimated_round_trip, tcp_round_trip_to
+from supervisor.transport.unread import HAND_OVER_S, Stretch, estimated_round_trip, tcp_round_trip_to
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class GrpcioStream:
         self, channel: aio.Channel, call: aio.StreamStreamCall[bytes, bytes], round_trip_s: float = 0.0
     ) -> None:
         self._round_trip_s = round_trip_s
-        self._load = Load(time.monotonic())
+        self._stretch = Stretch(time.monotonic())
         self._ended_at = math.inf
         """When the end was first noticed."""
         self._channel = channel
@@ -169,7 +169,7 @@ class GrpcioStream:
         except asyncio.CancelledError:
             self._call.cancel()  # whether the message at hand is out is not known: nothing may follow it
             raise
-        self._load.sent(began, time.monotonic())
+        self._stretch.sent(began, time.monotonic())
         if accepted < count_of(messages):
             self._note_end()
             # The status comes behind the last message, which the reader must take though nobody receives: a session
@@ -196,7 +196,7 @@ class GrpcioStream:
 
     def unread(self) -> Unread:
         ended_at = min(self._ended_at, time.monotonic())
-        return Unread(ended_at - self._round_trip_s - HAND_OVER_S, self._load.is_saturated(ended_at))
+        return Unread(self._stretch.since(ended_at) - self._round_trip_s - HAND_OVER_S)
 
     def _note_end(self) -> None:
         self._ended_at = min(self._ended_at, time.monotonic())

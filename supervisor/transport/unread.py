@@ -1,6 +1,6 @@
 """What a stream can tell of what its scheduler had not read when it ended.
 
-Owns: how long a message needs until a scheduler has it, and how busy `send` was.
+Owns: how long a message needs until a scheduler has it, and the last rush.
 
 An event that is sent at t arrives at t + rtt/2. An end that is noticed at T left the scheduler at T - rtt/2. So what
 was sent after T - rtt had not arrived when the scheduler ended the stream, and what was sent before had, but for the
@@ -10,7 +10,6 @@ time that either side takes to hand it over.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import socket
 import stat
@@ -26,9 +25,8 @@ ROUND_TRIP_MAX_S: Final = 0.1
 _TCP_INFO_RTT_OFFSET: Final = 68
 """Of tcpi_rtt in struct tcp_info (linux/tcp.h): 8 bytes of flags and 15 numbers come before it."""
 _MICROSECONDS: Final = struct.Struct("=I")
-_LOAD_S: Final = 0.1
-"""The time over which Load averages."""
-_SATURATED: Final = 0.75
+SLOWER: Final = 4
+"""So many times as long as it took to send them a scheduler may take to read messages."""
 
 
 class TcpInfo(Protocol):
@@ -61,14 +59,20 @@ def tcp_round_trip_to(port: int) -> float:
 
 
 def _round_trip_of(descriptor: int, port: int) -> float:
+    copy = -1
     try:
-        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-            return 0.0
-        with socket.socket(fileno=os.dup(descriptor)) as connection:
-            if connection.type == socket.SOCK_STREAM and connection.getpeername()[1:2] == (port,):
-                return tcp_round_trip(connection)
+        if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            copy = os.dup(descriptor)
+            connection = socket.socket(fileno=copy)
+            copy = -1  # the socket closes it
+            with connection:
+                if connection.type == socket.SOCK_STREAM and connection.getpeername()[1:2] == (port,):
+                    return tcp_round_trip(connection)
     except OSError:  # it is closed by now, or has no peer
         pass
+    finally:
+        if copy >= 0:
+            os.close(copy)
     return 0.0
 
 
@@ -77,18 +81,19 @@ def estimated_round_trip(seconds: float, round_trips: int) -> float:
     return min(max(seconds / round_trips, ROUND_TRIP_MIN_S), ROUND_TRIP_MAX_S)
 
 
-class Load:
-    """The share of the last moments in which `send` had something in hand."""
+class Stretch:
+    """The last time in which messages followed one another so closely that a scheduler may not have kept up."""
 
     def __init__(self, now: float) -> None:
-        self._load = 0.0
-        self._until = now
+        self._began = self._ended = now
 
     def sent(self, began: float, now: float) -> None:
         """`send` took from `began` until now."""
-        self._load = self._load * math.exp((self._until - now) / _LOAD_S) + 1.0 - math.exp((began - now) / _LOAD_S)
-        self._until = now
+        if began - self._ended > self._ended - self._began:
+            self._began = began
+        self._ended = now
 
-    def is_saturated(self, now: float) -> bool:
-        """Whether there was more to send than was taken."""
-        return self._load * math.exp(min(0.0, self._until - now) / _LOAD_S) >= _SATURATED
+    def since(self, now: float) -> float:
+        """What went out before this has been read, if the scheduler had read all when the stretch began."""
+        caught_up = now - self._ended > SLOWER * (self._ended - self._began)
+        return now if caught_up else self._began

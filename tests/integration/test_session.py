@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, ClassVar
@@ -34,6 +35,7 @@ class Box:
         self.accepted_all: list[bytes] = []
         self.streams: list[str] = []
         self.ends: list[StreamStatus | None] = []
+        self.unread: list[Unread] = []
         self.batch_messages = 8
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -66,6 +68,7 @@ class Box:
         assert not self.taken, "the last batch must be accounted for before the stream is closed"
         self.streams.append("closed")
         self.ends.append(status)
+        self.unread.append(unread)
 
     async def flushed(self) -> None:
         await self._idle.wait()
@@ -607,6 +610,7 @@ async def test_drain_delivers_what_waits_and_lets_the_scheduler_end_the_stream(
             assert server.dials[0].half_closed
             assert server.dials[0].received == [REGISTRATION, *messages]
             assert bench.inbox.messages == [b"goodbye"]
+            assert bench.box.unread == [Unread(math.inf)], "it was read to its end"
     assert lines(caplog, word="is closed")[0].endswith(": OK")
 
 
@@ -636,6 +640,7 @@ async def test_drain_gives_up_when_its_time_is_over() -> None:
             bench.clock.advance(7)
             assert not await draining
             await asyncio.wait_for(running, 5)
+            assert bench.box.unread != [Unread(math.inf)], "it was not read to its end"
 
 
 @pytest.mark.parametrize("behave", [hold, deaf])

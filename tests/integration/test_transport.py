@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from supervisor.dial_hints import hint
 from supervisor.transport import StatusCode, Stream, StreamClosed, TlsFiles, Transport
 from supervisor.transport.grpcio import INBOX_BYTES, INBOX_MESSAGES
 from supervisor.transport.joined import Joined, Message, apart, count_of
+from supervisor.transport.unread import HAND_OVER_S, ROUND_TRIP_MAX_S
 from tests.support.stream_server import Dial, eventually, serving, settled
 from tests.support.transports import TransportFactory
 
@@ -590,3 +592,56 @@ async def test_tls_that_fails_comes_with_a_hint(
             await dialed_and_answered(make_transport(None if trouble == "plain dial" else files), server.address)
     assert hint(caught.value.status.details), caught.value.status.details
     assert ("host in SCHEDULER_ADDR" in hint(caught.value.status.details)) is (trouble == "other name")
+
+
+# -- what an end leaves unread --------------------------------------------------------------------
+
+
+async def test_a_scheduler_that_reads_leaves_only_the_last_moment_unread(make_transport: TransportFactory) -> None:
+    async def until_told(dial: Dial) -> None:
+        await dial.headers()
+        while await dial.read() != b"end":
+            pass
+        await dial.abort(grpc.StatusCode.UNAVAILABLE, "leaving")
+
+    async with serving(until_told) as server, opened(make_transport(), server.address) as stream:
+        await stream.established()
+        for _ in range(20):
+            await stream.send([b"x" * 100])
+            await asyncio.sleep(0.02)
+        asked = time.monotonic()
+        await stream.send([b"end"])
+        await receive_all(stream)
+        await stream.close()
+        unread = stream.unread()
+        assert not unread.saturated
+        assert asked - HAND_OVER_S - ROUND_TRIP_MAX_S < unread.since < time.monotonic()
+
+
+async def test_a_scheduler_that_does_not_read_leaves_its_windows_unread(make_transport: TransportFactory) -> None:
+    sent = 0
+
+    async def flood(stream: Stream) -> None:
+        nonlocal sent
+        while True:
+            await stream.send([b"x" * 10_000])
+            sent += 1
+
+    async def deaf(dial: Dial) -> None:
+        await dial.headers()
+        await asyncio.Event().wait()
+
+    async with serving(deaf) as server, opened(make_transport(), server.address) as stream:
+        await stream.established()
+        began = time.monotonic()
+        flooding = asyncio.create_task(flood(stream))
+        await settled(lambda: sent, quiet_s=0.3)
+        await stream.close()
+        with pytest.raises(StreamClosed):
+            await flooding
+        unread = stream.unread()
+        if unread.size is None:
+            assert unread.since < began
+        else:
+            assert unread.saturated
+            assert unread.size >= sent * 10_005

@@ -20,6 +20,7 @@ from supervisor.outbox import (
     DELIVERED_BYTES_MAX,
     DELIVERED_S,
     EVENTS_BYTES,
+    READ_S,
     TURN_BYTES,
     UNREAD_S,
     Outbox,
@@ -466,6 +467,18 @@ def test_a_saturated_stream_of_which_no_more_is_known(box: Box) -> None:
     assert box.send_all() == [*events, b"result"]
 
 
+def test_after_a_rush_more_may_be_unread(box: Box) -> None:
+    """A scheduler reads no faster than it does."""
+    events = [b"%05d" % number for number in range(3000)]
+    for event in events:
+        box.outbox.put_event(1, event, 10)
+    box.send_all()
+    box.now += 0.6
+    box.outbox.stream_closed(None, Unread(since=box.now))
+    first = int(box.send_all()[0])
+    assert first == pytest.approx(0.6 / READ_S, abs=2)
+
+
 def test_unread_events_across_packs(box: Box) -> None:
     events = [b"%05d" % number + b"x" * 1000 for number in range(500)]
     for event in events:
@@ -712,7 +725,10 @@ class OutboxMachine(RuleBasedStateMachine):
                 break
             lost += 1
         self.arrived += [message for message, _ in self.stream[: len(self.stream) - lost]]
-        may_repeat = self.accepted if self.unread or saturated else [m for m, at in self.stream if at >= since]
+        behind_s = module.BEHIND_S
+        may_repeat = (
+            self.accepted if self.unread or saturated else [m for m, at in self.stream if at >= since - behind_s]
+        )
         self.repeatable |= {message for message in may_repeat if message[:1] == b"E"}
         self.stream = []
         self.batch = None  # a batch under way is settled by stream_closed

@@ -1,4 +1,4 @@
-"""What a stream tells of the unread: windows, how busy it was, and how long the way is."""
+"""What a stream tells of the unread: windows, the last rush, and how long the way is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from supervisor.transport.h2.window import DEFAULT_BYTES, IN_HAND_BYTES, SHORT_S
 from supervisor.transport.unread import (
     ROUND_TRIP_MAX_S,
     ROUND_TRIP_MIN_S,
-    Load,
+    SLOWER,
+    Stretch,
     estimated_round_trip,
     tcp_round_trip,
     tcp_round_trip_to,
@@ -74,24 +75,32 @@ class TestWindow:
         assert window.behind_s == 0.0
 
 
-class TestLoad:
-    def test_a_stream_with_something_in_hand_all_the_time(self) -> None:
-        load = Load(0.0)
+class TestStretch:
+    def test_a_send_that_waits(self) -> None:
+        stretch = Stretch(0.0)
+        stretch.sent(5.0, 6.0)
+        assert stretch.since(6.0) == 5.0
+        assert stretch.since(6.0 + SLOWER) == 5.0, "it may take longer to read than it took to send"
+        assert stretch.since(6.1 + SLOWER) == 6.1 + SLOWER, "it has been read by now"
+
+    def test_sends_that_follow_one_another_are_one_stretch(self) -> None:
+        stretch = Stretch(0.0)
         for step in range(100):
-            load.sent(step / 100, step / 100 + 0.0099)
-        assert load.is_saturated(1.0)
-        assert not load.is_saturated(1.2), "it has had nothing for a while"
+            stretch.sent(1 + step / 100, 1 + step / 100 + 0.009)
+        assert stretch.since(2.0) == 1.0
 
-    def test_one_send_that_waits(self) -> None:
-        load = Load(0.0)
-        load.sent(5.0, 5.5)
-        assert load.is_saturated(5.5)
+    def test_a_send_after_a_pause_begins_another(self) -> None:
+        stretch = Stretch(0.0)
+        stretch.sent(1.0, 2.0)
+        stretch.sent(3.5, 3.6)
+        assert stretch.since(3.7) == 3.5
 
-    def test_a_stream_with_pauses(self) -> None:
-        load = Load(0.0)
+    def test_sends_with_pauses_are_none(self) -> None:
+        stretch = Stretch(0.0)
         for step in range(1000):
-            load.sent(step / 1000, step / 1000 + 0.0005)
-        assert not load.is_saturated(1.0)
+            stretch.sent(step / 1000, step / 1000 + 0.0001)
+        assert stretch.since(1.0) == 1.0
+        assert stretch.since(0.9992) == 0.999
 
 
 def test_the_round_trip_of_a_connection() -> None:
