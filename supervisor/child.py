@@ -1,6 +1,7 @@
 """One child process: its start, its pipe, its output lines, its end.
 
-Owns: the process, the supervisor's end of its pipe, the two arenas and the pipes behind its stdout and stderr.
+Owns: the process, the supervisor's end of its pipe, the two arenas (the one to it may be shared with other children) and
+the pipes behind its stdout and stderr.
 
 1. `spawn` execs `python -P -m executor` in a session of its own, from the main thread (a thread that exits would fire
    the child's parent-death signal).
@@ -29,6 +30,7 @@ from gen_worker.pipe.arena import ArenaReader, ArenaWriter, create_arena
 from gen_worker.pipe.frames import FrameDecoder, FrameError, encode_frame
 from supervisor.executor_user import ExecutorUser
 from supervisor.family import FAMILY, MARK
+from supervisor.input_arena import InputArena
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +82,10 @@ class Child(asyncio.BufferedProtocol):
         on_line: Callable[[str, str], None],
         on_writable: Callable[[], None],
         on_exit: Callable[[ExitCause], None],
+        inputs: InputArena | None = None,
     ) -> None:
+        """The arena to it is its own without `inputs`."""
+        self._inputs = inputs
         self._on_frame = on_frame
         self._on_line = on_line
         self._on_writable = on_writable
@@ -115,7 +120,9 @@ class Child(asyncio.BufferedProtocol):
             near, far = multiprocessing.Pipe(duplex=True)
             theirs.enter_context(near)  # sockets of its own below stand for it
             theirs.enter_context(far)
-            down, up = _closed_by(ours, create_arena("down")), _closed_by(ours, create_arena("up"))
+            own = _closed_by(ours, create_arena("down")) if self._inputs is None else -1
+            down = own if self._inputs is None else self._inputs.read_fd
+            up = _closed_by(ours, create_arena("up"))
             stdout, stdout_write = _output_pipe(ours, theirs)
             stderr, stderr_write = _output_pipe(ours, theirs)
             fds = ["--pipe-fd", str(far.fileno()), "--down-fd", str(down), "--up-fd", str(up)]
@@ -147,7 +154,7 @@ class Child(asyncio.BufferedProtocol):
             self._pidfd = _closed_by(ours, os.pidfd_open(self.pid))
             self._loop.add_reader(self._pidfd, self._on_pidfd)
             ours.pop_all()
-        self.arena_down = ArenaWriter(down)
+        self.arena_down = ArenaWriter(own) if self._inputs is None else self._inputs.writer
         self.arena_up = ArenaReader(up)
         self._outputs = [
             _OutputLines(self._loop, stdout, "stdout", self._take_line),
@@ -293,7 +300,8 @@ class Child(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()  # one that is not connected yet is aborted by _connect
         self._last_words.close()
-        self.arena_down.close()
+        if self._inputs is None:
+            self.arena_down.close()
         self.arena_up.close()
 
     def _drain_pipe(self) -> None:

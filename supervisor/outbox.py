@@ -16,7 +16,8 @@ batches and says what went out; when a stream ends, what may have been lost with
    were not read: it took nothing for UNREAD_S before its end, or the peer had gone silent.
    docs/adr/0004-known-delivered.md has the reasons.
 6. A result that scheduler after scheduler refuses for its size is replaced by a failure that says so.
-7. A large output is read from its executor's shared memory when it is sent, not before.
+7. A large output stays in its executor's shared memory until its result is known to have arrived, and is read from
+   there each time that it is sent.
 8. A Keeper, when there is one, has every result from when it is put until it is known to have arrived.
 9. What a realtime session sends is transient: it belongs to the stream that the session was opened on, and is dropped
    with it. Only its close goes out on the next one.
@@ -31,6 +32,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from supervisor.backlog import Backlog
+from supervisor.held_output import LargeResult
 from supervisor.oversize import Name, Oversize, refuses_size
 from supervisor.retention import FRAMING_BYTES, Pack, Retention, messages
 from supervisor.transport import StreamStatus
@@ -60,7 +62,7 @@ _OVERHEAD_BYTES: Final = 256
 class Keeper(Protocol):
     """Has results for the supervisor after this one, in case this one dies."""
 
-    def keep(self, message: bytes) -> int:
+    def keep(self, message: bytes | LargeResult) -> int:
         """Take a result; returns the ticket by which it is named later."""
         ...
 
@@ -71,31 +73,17 @@ class Keeper(Protocol):
 class _NoKeeper:
     """Without WORKER_OUTBOX_DIR."""
 
-    def keep(self, message: bytes) -> int:  # noqa: ARG002  (the protocol's)
+    def keep(self, message: bytes | LargeResult) -> int:  # noqa: ARG002  (the protocol's)
         return 0
 
     def forget(self, ticket: int) -> None:
         pass
 
 
-class Output(Protocol):
-    """A result that is made when it is sent; until then its large output lies elsewhere."""
-
-    size: int
-    """Of the message, or nearly: enough to count by."""
-
-    def message(self) -> bytes:
-        """Make it."""
-        ...
-
-    def release(self) -> None:
-        """It was made for the last time."""
-
-
 class _Answer(NamedTuple):
     """A result, or what answers a command."""
 
-    data: bytes | Output
+    data: bytes | LargeResult
     size: int
     ticket: int | None
     """The keeper's; None: not a result, so it is not sent again."""
@@ -129,7 +117,7 @@ class _RunQueue:
 
 
 class _Taken(NamedTuple):
-    data: bytes
+    data: bytes | LargeResult
     queue: _RunQueue | None
     weight: int
     answer: _Answer | None
@@ -155,7 +143,6 @@ class Outbox:
         self._clock = clock
         self._backlog = backlog or Backlog(clock)
         self._keeper = keeper or _NoKeeper()
-        self._keeps = keeper is not None
         self._urgent: deque[_Answer] = deque()
         self._queues: dict[int, _RunQueue] = {}
         self._turns: deque[_RunQueue] = deque()
@@ -192,14 +179,9 @@ class Outbox:
         self._queue_turn(queue)
         self._wake.set()
 
-    def put_result(self, key: int, message: bytes | Output) -> None:
+    def put_result(self, key: int, message: bytes | LargeResult) -> None:
         """Queue the result of run `key`: the last that is ever put for this key."""
-        if isinstance(message, bytes):
-            result = _Answer(message, len(message), self._keeper.keep(message), key)
-        else:
-            ticket = self._keeper.keep(message.message()) if self._keeps else 0
-            result = _Answer(message, message.size, ticket, key)
-        self._put_last(key, result)
+        self._put_last(key, _Answer(message, len(message), self._keeper.keep(message), key))
 
     def put_close(self, key: int, message: bytes) -> None:
         """Queue the close of session `key`, the last that is ever put for it. It is not sent twice."""
@@ -237,7 +219,7 @@ class Outbox:
 
     # -- the session --------------------------------------------------------------------------
 
-    async def take(self) -> Sequence[bytes]:
+    async def take(self) -> Sequence[bytes | LargeResult]:
         """The next batch; waits until there is one. A batch that `accepted` did not follow is taken again."""
         if self._taken:
             self.accepted(0)
@@ -359,10 +341,11 @@ class Outbox:
         named = [(Name(sent.key, sent.ticket), len(sent.data)) for sent in messages(results)]
         last = self._refused
         if last is not None and last.ticket is not None:
-            named.append((Name(last.key, last.ticket), len(last.data) if isinstance(last.data, bytes) else last.size))
+            named.append((Name(last.key, last.ticket), len(last.data)))
         self._oversize.refused(status, named)
 
     def _forget(self, pack: Pack) -> None:
+        pack.release()
         for ticket in pack.tickets:
             self._keeper.forget(ticket)
 
@@ -411,15 +394,13 @@ class Outbox:
     def _take(self, answer: _Answer, queue: _RunQueue | None) -> _Taken:
         """For a batch. A result that no scheduler takes is a failure from here on."""
         data = answer.data
-        if not isinstance(data, bytes):
-            output, data = data, data.message()
-            output.release()
-            answer = answer._replace(data=data)
         if answer.ticket is not None and self._oversize.has_replacements:
             failure = self._oversize.replacement(Name(answer.key, answer.ticket), data)
             if failure is not None:
                 self._backlog.answer_left(answer.cost)
                 self._keeper.forget(answer.ticket)
+                if not isinstance(data, bytes):
+                    data.release()
                 data, answer = failure, _Answer(failure, len(failure), self._keeper.keep(failure), answer.key)
                 self._backlog.answer_waits(answer.cost)
         return _Taken(data, queue, 0, answer)

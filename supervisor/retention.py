@@ -12,8 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
+from supervisor.held_output import LargeResult
+
 PACK_BYTES: Final = 64 * 1024
-"""A pack that has reached it is closed; a message of this size is a pack of its own, and not copied."""
+"""A pack that has reached it is closed; a message of this size is a pack of its own, and not copied. A large result, which
+is larger still, stays where its output lies."""
 PACK_S: Final = 1.0
 """So long after its first message a pack is closed, so that those of a slow stream are let go of in time."""
 FRAMING_BYTES: Final = 5
@@ -25,7 +28,7 @@ class Sent(NamedTuple):
 
     key: int
     ticket: int
-    data: bytes
+    data: bytes | LargeResult
 
 
 class Pack:
@@ -34,7 +37,7 @@ class Pack:
     __slots__ = ("_data", "keys", "opened_at", "position", "sent_at", "sizes", "tickets")
 
     def __init__(self, now: float) -> None:
-        self._data: bytes | bytearray = b""
+        self._data: bytes | bytearray | LargeResult = b""
         self.sizes = array("I")
         self.keys = array("Q")
         self.tickets = array("Q")
@@ -52,13 +55,13 @@ class Pack:
         """Bytes of the messages in it."""
         return len(self._data)
 
-    def add(self, key: int, ticket: int, data: bytes, position: int, now: float) -> None:
+    def add(self, key: int, ticket: int, data: bytes | LargeResult, position: int, now: float) -> None:
         size = len(data)
-        if size >= PACK_BYTES and not self.sizes:
+        if not isinstance(data, bytes) or (size >= PACK_BYTES and not self.sizes):
             self._data = data
         else:
-            if isinstance(self._data, bytes):
-                self._data = bytearray(self._data)
+            if not isinstance(self._data, bytearray):
+                self._data = bytearray()
             self._data += data
         self.sizes.append(size)
         self.keys.append(key)
@@ -67,13 +70,18 @@ class Pack:
         self.sent_at = now
 
     def __iter__(self) -> Iterator[Sent]:
-        if isinstance(self._data, bytes):  # one that was not copied
+        if not isinstance(self._data, bytearray):  # one that was not copied
             yield Sent(self.keys[0], self.tickets[0], self._data)
             return
         view, offset = memoryview(self._data), 0
         for key, ticket, size in zip(self.keys, self.tickets, self.sizes, strict=True):
             yield Sent(key, ticket, bytes(view[offset : offset + size]))
             offset += size
+
+    def release(self) -> None:
+        """The messages are needed no more."""
+        if isinstance(self._data, LargeResult):
+            self._data.release()
 
     def without(self, unwanted: Callable[[int], bool]) -> Pack:
         """The same without the messages of the runs that are not wanted."""
@@ -93,7 +101,7 @@ class Retention:
         self.size = 0
         """Bytes of the messages that are retained."""
 
-    def add(self, key: int, ticket: int, data: bytes, position: int, now: float) -> None:
+    def add(self, key: int, ticket: int, data: bytes | LargeResult, position: int, now: float) -> None:
         """A message (see Sent) went out, and ended at `position` of the stream."""
         size = len(data)
         last = self._packs[-1] if self._packs else None

@@ -34,6 +34,7 @@ from supervisor.redial import Redial
 from supervisor.stream_end import StreamEnd, age, description, shown
 from supervisor.targets import MalformedRedirect, redirect_target
 from supervisor.transport import StatusCode, Stream, StreamClosed, StreamStatus, Transport
+from supervisor.transport.large import LargeMessage, LargeRequest
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ CLOSE_GRACE_S: Final = 2.0
 class Outgoing(Protocol):
     """Where messages come from: the outbox."""
 
-    async def take(self) -> Sequence[bytes]:
+    async def take(self) -> Sequence[bytes | LargeMessage]:
         """Wait for the next batch, what is most urgent first. Canceled while it waits, it takes nothing.
 
         A heartbeat waits until the batch is out, so a batch is bounded: 256 KiB, or one message that is larger.
@@ -76,7 +77,7 @@ class Outgoing(Protocol):
 class Incoming(Protocol):
     """Where messages go to."""
 
-    def handle(self, message: bytes) -> None:
+    def handle(self, message: bytes | LargeRequest) -> None:
         """Cheap, and never raises for what a scheduler may send."""
 
     @property

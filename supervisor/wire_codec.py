@@ -13,6 +13,10 @@ from gen_worker.wire import worker_scheduler_pb2 as pb
 SAFE_MESSAGE_MAX_CHARS = 500
 """The protocol's limit for what end users may see."""
 
+_RUN_RESULT = b"\x12"
+_OUTPUT_PAYLOAD = b"\x1a"
+"""Tags: WorkerSchedulerMessage.run_result (2) and TaskExecutionResult.output_payload (3), both length-delimited."""
+
 
 class WireError(Exception):
     """Bytes that are not a message of the protocol."""
@@ -39,6 +43,23 @@ def encode_result(run_id: str, output: bytes, failure: Failure | None) -> bytes:
             safe_message=failure.safe_message[:SAFE_MESSAGE_MAX_CHARS],
         )
     return pb.WorkerSchedulerMessage(run_result=result).SerializeToString()
+
+
+def encode_result_head(run_id: str, output_bytes: int) -> bytes:
+    """What goes before an output of so many bytes: both together are the message of `encode_result`."""
+    fields = pb.TaskExecutionResult(run_id=run_id, success=True).SerializeToString()
+    fields += _OUTPUT_PAYLOAD + varint(output_bytes)
+    return _RUN_RESULT + varint(len(fields) + output_bytes) + fields
+
+
+def varint(value: int) -> bytes:
+    """A length as protobuf has it."""
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
 
 
 def encode_event(run_id: str, event_type: str, payload_json: bytes) -> bytes:

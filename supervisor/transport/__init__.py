@@ -1,8 +1,8 @@
 """The stream to a scheduler, as the session sees it: batches of encoded messages and a status.
 
 Owns: the seam. A transport opens one bidirectional stream with metadata; messages go in and out as bytes in
-batches, since a transport's cost is per hand-over and not per byte. `grpcio.py` is the first implementation.
-Nothing above this package imports grpc.
+batches, since a transport's cost is per hand-over and not per byte; large ones, whose bytes are what costs, are not
+joined (`large.py`). `grpcio.py` is the first implementation. Nothing above this package imports grpc.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
+
+from supervisor.transport.large import LargeMessage, LargeRequest
 
 
 class StatusCode(IntEnum):
@@ -78,14 +80,14 @@ class Stream(Protocol):
         Raises StreamClosed when the stream ends before.
         """
 
-    async def send(self, messages: Sequence[bytes]) -> None:
+    async def send(self, messages: Sequence[bytes | LargeMessage]) -> None:
         """Hand messages over in order; waits while the scheduler reads too slowly. Other tasks get their turn.
 
         Raises StreamClosed, with `accepted` set; its status is the scheduler's if that ended the stream, also when a
         message was under way. Canceled, it ends the stream, since nobody knows then what went out.
         """
 
-    async def receive(self) -> Sequence[bytes]:
+    async def receive(self) -> Sequence[bytes | LargeRequest]:
         """At least one message, and all that are here.
 
         Raises StreamClosed once the stream has ended and all that came before was received.

@@ -34,6 +34,7 @@ from supervisor.device_meter import MemoryLimits
 from supervisor.devices import Device, DeviceMemory
 from supervisor.dispatcher import Dispatcher, FileService, Limits
 from supervisor.executor_handle import ExecutorHandle, HandleState
+from supervisor.input_arena import InputArena
 from supervisor.model_names import ModelNames
 from supervisor.model_sizes import ModelSizes
 from supervisor.model_source import LocalModel
@@ -111,6 +112,7 @@ class RecordingChild:
         on_line: Callable[[str, str], None],
         on_writable: Callable[[], None],
         on_exit: Callable[[ExitCause], None],
+        inputs: InputArena | None = None,
     ) -> None:
         self.on_frame = on_frame
         self.on_line = on_line
@@ -121,7 +123,7 @@ class RecordingChild:
         self.killed: list[str] = []
         self.last_lines: deque[str] = deque(["line 1", "line 2"])
         self.pid = 4711
-        self.arena_down = ArenaWriter(create_arena("down"))
+        self.arena_down = ArenaWriter(create_arena("down")) if inputs is None else inputs.writer
         self.arena_up = ArenaReader(create_arena("up"))
 
     async def spawn(self, *command: object) -> None:

@@ -40,6 +40,7 @@ from h2.exceptions import H2Error
 from h2.settings import SettingCodes, Settings
 
 from gen_worker.wire import TRANSPORT_LIMIT_BYTES
+from supervisor.input_arena import InputArena
 from supervisor.transport import StatusCode, StreamClosed, StreamStatus
 from supervisor.transport.h2.frames import GOAWAY, BadFrame, FrameCutter, Goaway, type_of
 from supervisor.transport.h2.inbox import PREFIX_BYTES, Inbox, prefix
@@ -51,6 +52,7 @@ from supervisor.transport.h2.statuses import (
     status_of_reset,
     status_of_trailers,
 )
+from supervisor.transport.large import PIECE_BYTES, LargeMessage, LargeRequest
 
 log = logging.getLogger(__name__)
 # At debug it logs every header as it encodes it, the token's among them, in plain and in Huffman's code.
@@ -93,13 +95,14 @@ class H2Stream(asyncio.Protocol):
         *,
         keepalive_s: float = KEEPALIVE_S,
         keepalive_timeout_s: float = KEEPALIVE_TIMEOUT_S,
+        arena: InputArena | None = None,
     ) -> None:
         self._target = target
         self._headers = headers
         self._keepalive_settings = (keepalive_s, keepalive_timeout_s)
         self._http = _connection()
         self._frames = FrameCutter(FRAME_BYTES)
-        self._inbox = Inbox(MESSAGE_BYTES)
+        self._inbox = Inbox(MESSAGE_BYTES, arena)
         self._transport: asyncio.Transport | None = None
         self._keepalive: Keepalive | None = None
         self._unacknowledged = 0
@@ -159,7 +162,7 @@ class H2Stream(asyncio.Protocol):
         if self._status is not None and not self._got_message:
             raise StreamClosed(self._status)
 
-    async def send(self, messages: Sequence[bytes]) -> None:
+    async def send(self, messages: Sequence[bytes | LargeMessage]) -> None:
         ends = list(accumulate(PREFIX_BYTES + len(message) for message in messages))
         before = self._sent
         if self._closing:
@@ -170,6 +173,9 @@ class H2Stream(asyncio.Protocol):
         try:
             for piece in _packed(messages):
                 await self._write(piece)
+                if self._sent - self._sent_in_turn > _WRITE_BYTES:
+                    await asyncio.sleep(0)
+                    self._sent_in_turn = self._sent
             if self._sent - self._sent_in_turn > TURN_BYTES:
                 await asyncio.sleep(0)
                 self._sent_in_turn = self._sent
@@ -183,7 +189,7 @@ class H2Stream(asyncio.Protocol):
             if self._closing:
                 self._news.set()
 
-    async def receive(self) -> Sequence[bytes]:
+    async def receive(self) -> Sequence[bytes | LargeRequest]:
         await self._until(lambda: self._inbox.messages)
         messages = self._inbox.take()
         self._look_at_inbox()
@@ -397,6 +403,7 @@ class H2Stream(asyncio.Protocol):
         """The call has ended. The first status counts."""
         if self._status is None:
             self._status = status
+            self._inbox.abandon()
         self._news.set()
         self._room.set()
 
@@ -475,7 +482,7 @@ def _connection() -> H2Connection:
     return http
 
 
-def _packed(messages: Sequence[bytes]) -> Iterator[memoryview]:
+def _packed(messages: Sequence[bytes | LargeMessage]) -> Iterator[memoryview]:
     """The messages with their prefixes, small ones joined. Raises StreamClosed before one that is too large."""
     small: list[bytes] = []
     for message in messages:
@@ -483,10 +490,15 @@ def _packed(messages: Sequence[bytes]) -> Iterator[memoryview]:
             yield memoryview(b"".join(small))
             reason = f"a message of {len(message)} bytes can't be sent; {MESSAGE_BYTES} are the most"
             raise StreamClosed(StreamStatus(StatusCode.RESOURCE_EXHAUSTED, reason))
-        small += (prefix(message), message)
-        if len(message) > _JOIN_BYTES:
-            large = small.pop()
-            yield memoryview(b"".join(small))
-            yield memoryview(large)
-            small.clear()
+        small.append(prefix(message))
+        if isinstance(message, bytes) and len(message) <= _JOIN_BYTES:
+            small.append(message)
+            continue
+        yield memoryview(b"".join(small))
+        small.clear()
+        if isinstance(message, bytes):
+            view = memoryview(message)
+            yield from (view[start : start + PIECE_BYTES] for start in range(0, len(view), PIECE_BYTES))
+        else:
+            yield from (memoryview(piece) for piece in message.pieces())
     yield memoryview(b"".join(small))
