@@ -145,6 +145,8 @@ class Splitter:
 
     def _begin(self) -> int:
         """Where the request's first field is: the request must be all of the message."""
+        if not self._head:
+            raise _More
         if self._head[0] != _RUN_REQUEST:
             raise _Odd
         length, begin = _varint(self._head, 1, _TAG_BYTES)
