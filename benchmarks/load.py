@@ -94,7 +94,7 @@ class Wire(asyncio.Protocol):
                 self._inbox.feed(bytes(event.data))
                 self._http.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
                 while messages := self._inbox.take():
-                    self._scheduler.on_messages(self, messages)
+                    self._scheduler.on_messages(self, cast("list[bytes]", messages))  # it has no arena
             elif isinstance(event, RequestReceived):
                 self._stream = event.stream_id
                 answer = [(":status", "200"), ("content-type", "application/grpc")]

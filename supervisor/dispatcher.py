@@ -510,13 +510,16 @@ class Dispatcher:
         if info is None:
             known = ", ".join(sorted(self.functions)) or "none"
             return runs.invalid("unknown function", f"unknown function {request.function_name!r}; it serves: {known}")
+        return self._refusal_of(payload) or self._overload()
+
+    def _refusal_of(self, payload: Payload) -> Failure | None:
         limit = self._limits.max_input_bytes
         if limit and len(payload) > limit:
             size = len(payload)
             return runs.invalid("input too large", f"input of {size} bytes is over WORKER_MAX_INPUT_BYTES={limit}")
         if isinstance(payload, Input) and payload.error is not None:
             return _no_memory(payload, payload.error)
-        return self._overload()
+        return None
 
     def _no_room(self) -> Failure | None:
         """Why nothing is taken now, whatever it is."""

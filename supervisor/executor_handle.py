@@ -323,12 +323,13 @@ class ExecutorHandle:
 
     def _place(self, payload: RunPayload) -> Payload:
         """Where it will find a payload; a large one is in shared memory already, or put there. Raises OSError."""
-        if len(payload) < BLOB_THRESHOLD_BYTES and isinstance(payload, bytes):
-            return payload
         arena = self._child.arena_down
-        blob = arena.put(payload) if isinstance(payload, bytes) else payload.hand_over(arena)
-        if blob is None:
-            blob = arena.put(payload.view())
+        if isinstance(payload, bytes):
+            if len(payload) < BLOB_THRESHOLD_BYTES:
+                return payload
+            blob = arena.put(payload)
+        else:
+            blob = payload.hand_over(arena) or arena.put(payload.view())
         self._given.add(blob.offset)
         return blob
 

@@ -1,7 +1,7 @@
 """An output that still lies in its executor's shared memory, and the result that will have it.
 
-Owns: that the block there is given back once. What waits to be sent, or may have to be sent again, takes no memory of the
-supervisor's, and outlives its executor: the memory stays as long as the arena's descriptor is open here.
+Owns: that the block there is given back once. What waits to be sent, or may have to be sent again, takes no memory of
+the supervisor's, and outlives its executor: the memory stays as long as the arena's descriptor is open here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Large payloads of runs: shared memory that all executors read, filled while the scheduler's message arrives.
 
-Owns: the one arena from the supervisor to its executors, and each payload in it from its first byte until an executor has
-it. Which executor that will be is not known when the bytes come, and a copy to another place would cost as much as all
-the rest; so they share one, through a descriptor that can only be read.
+Owns: the one arena from the supervisor to its executors, and each payload in it from its first byte until an executor
+has it. Which executor that will be is not known when the bytes come, and a copy to another place would cost as much as
+all the rest; so they share one, through a descriptor that can only be read.
 
 A payload that nobody refers to any more gives its block back: a stream that breaks, a run that is refused or canceled
 need not say so.

@@ -103,7 +103,7 @@ class _RunQueue:
 
     def __init__(self, key: int) -> None:
         self.key = key
-        self.items: deque[tuple[bytes, int]] = deque()
+        self.items: deque[tuple[bytes | LargeResult, int]] = deque()
         self.result: _Answer | None = None
         self.credit = 0
         self.queued = False
@@ -111,7 +111,7 @@ class _RunQueue:
         self.transient = False
         """Whether what waits in it goes with the stream."""
 
-    def put_first(self, events: Sequence[bytes]) -> None:
+    def put_first(self, events: Sequence[bytes | LargeResult]) -> None:
         """These go again; their credit was given when they went out before."""
         self.items.extendleft((data, 0) for data in reversed(events))
 
@@ -364,7 +364,7 @@ class Outbox:
 
         A run whose result has arrived is over, and so are its events.
         """
-        by_run: dict[int, list[bytes]] = {}
+        by_run: dict[int, list[bytes | LargeResult]] = {}
         for sent in messages(events):
             by_run.setdefault(sent.key, []).append(sent.data)
         ends = {sent.key: sent for sent in messages(results) if sent.key in by_run}

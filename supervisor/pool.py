@@ -82,8 +82,9 @@ class Pool:
         explain: Callable[[ExitCause], ExitCause] = lambda cause: cause,
         observer: Observer | None = None,
     ) -> None:
-        """`user` is whom executors run as, `inputs` where their large payloads lie, if they share that; `explain` may
-        know more of why one died.
+        """`user` is whom executors run as, `inputs` where their large payloads lie, if they share that.
+
+        `explain` may know more of why one died.
         """
         self._inputs = inputs
         self._slots = [_Slot(number, device) for number, device in enumerate(devices)]

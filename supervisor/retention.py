@@ -15,8 +15,8 @@ from typing import Final, NamedTuple
 from supervisor.held_output import LargeResult
 
 PACK_BYTES: Final = 64 * 1024
-"""A pack that has reached it is closed; a message of this size is a pack of its own, and not copied. A large result, which
-is larger still, stays where its output lies."""
+"""A pack that has reached it is closed; a message of this size is a pack of its own, and not copied. A large result,
+which is larger still, stays where its output lies."""
 PACK_S: Final = 1.0
 """So long after its first message a pack is closed, so that those of a slow stream are let go of in time."""
 FRAMING_BYTES: Final = 5

@@ -54,12 +54,9 @@ def encode_result_head(run_id: str, output_bytes: int) -> bytes:
 
 def varint(value: int) -> bytes:
     """A length as protobuf has it."""
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+    size = max(1, (value.bit_length() + 6) // 7)
+    septets = [(value >> 7 * index) & 0x7F for index in range(size)]
+    return bytes((*(septet | 0x80 for septet in septets[:-1]), septets[-1]))
 
 
 def encode_event(run_id: str, event_type: str, payload_json: bytes) -> bytes:

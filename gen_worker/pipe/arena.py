@@ -4,8 +4,8 @@ Owns: one memfd with one writer. Each executor inherits two of them, one per dir
 descriptor ever has to be sent, nothing has a name that could be left behind, and the kernel frees all of it with the
 last process. The file is sealed against shrinking: a reader that maps it can't be made to fault.
 
-1. The writer puts a payload into a free block (`put`, or `reserve` and `write` piece by piece) and sends the Blob in its
-   message.
+1. The writer puts a payload into a free block (`put`, or `reserve` and `write` piece by piece) and sends the Blob in
+   its message.
 2. The reader reads or views it and sends Free(offset).
 3. The writer takes the block back (`free`) and uses it again: pages that were touched before cost no fault, which
    is most of what a fresh 64 MiB buffer costs. What is kept beyond RETAIN_BYTES goes back to the kernel.

@@ -158,7 +158,9 @@ class GrpcioStream:
             for message in messages:
                 if self._call.done():
                     break
-                await self._write(message if isinstance(message, bytes) else await asyncio.to_thread(_joined, message))
+                if not isinstance(message, bytes):
+                    message = await asyncio.to_thread(_in_memory, message)  # noqa: PLW2901
+                await self._write(message)
                 accepted += 1
         except aio.BaseError:
             pass  # the status says why
@@ -263,8 +265,8 @@ async def _split(message: bytes, arena: InputArena) -> bytes | LargeRequest:
     return splitter.message()
 
 
-def _joined(message: LargeMessage) -> bytes:
-    """In the memory of one object, as grpc needs it. For a thread."""
+def _in_memory(message: LargeMessage) -> bytes:
+    """In the memory of one object, as grpc needs it. For a thread: that gives the loop its turns between the pieces."""
     buffer = io.BytesIO()
     for piece in message.pieces():
         buffer.write(piece)

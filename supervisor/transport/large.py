@@ -1,7 +1,7 @@
 """Large messages at the seam: what they are, and how one is taken apart while it arrives.
 
-Owns: nothing but one message that is under way. A payload of 64 MiB that is joined, parsed and copied in one piece holds
-up the event loop for a quarter of a second, and takes its size several times over. So
+Owns: nothing but one message that is under way. A payload of 64 MiB that is joined, parsed and copied in one piece
+holds up the event loop for a quarter of a second, and takes its size several times over. So
 
 1. a large result goes out as a LargeMessage: pieces that are read from shared memory when they are sent;
 2. a large request comes in as a LargeRequest: its payload went to shared memory as it came, and `head` is the message
@@ -22,7 +22,7 @@ from supervisor.input_arena import Input, InputArena
 from supervisor.wire_codec import varint
 
 LARGE_BYTES: Final = 1024 * 1024
-"""Messages over this size are taken apart, and so are their payloads from this size on: those that go by shared memory."""
+"""Messages over this size are taken apart, and so are payloads from this size on: those that go by shared memory."""
 HEAD_BYTES: Final = 256 * 1024
 """What surrounds a payload is less than this on either side, or the message is joined."""
 PIECE_BYTES: Final = 256 * 1024
@@ -35,6 +35,8 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _TAG_BYTES: Final = 5
 _VALUE_BYTES: Final = 10
 """The longest varints of a tag or a length, and of a value."""
+_MORE: Final = 0x80
+"""The bit of a varint's byte that says that another follows."""
 
 
 class LargeMessage(Protocol):
@@ -45,6 +47,11 @@ class LargeMessage(Protocol):
     def pieces(self) -> Iterator[bytes | memoryview]:
         """All of it in order, a piece at a time. A piece is valid until the next is asked for."""
         ...
+
+
+def joined(message: bytes | LargeMessage) -> bytes:
+    """In one piece."""
+    return message if isinstance(message, bytes) else b"".join(bytes(piece) for piece in message.pieces())
 
 
 class LargeRequest(NamedTuple):
@@ -94,8 +101,8 @@ class Splitter:
         if self._state is _State.HEAD:
             self._head += data
             self._scan_head()
-        elif self._state is _State.PAYLOAD:
-            self._fill(data)
+        elif self._payload is not None and self._missing:
+            self._fill(self._payload, data)
         elif self._state is _State.TAIL:
             self._add_to_tail(data)
         else:
@@ -134,8 +141,7 @@ class Splitter:
                     position += length
                 else:
                     position = _past(head, position, kind)
-                if position > len(head):
-                    raise _More
+                _need(head, position)
                 self._at = position
         except _Odd:
             self._join()
@@ -160,12 +166,11 @@ class Splitter:
         self._state = _State.PAYLOAD
         rest = bytes(self._head[position:])
         del self._head[position:]
-        self._fill(rest)
+        self._fill(self._payload, rest)
 
-    def _fill(self, data: bytes | memoryview) -> None:
-        assert self._payload is not None
+    def _fill(self, payload: Input, data: bytes | memoryview) -> None:
         part = data[: self._missing]
-        self._payload.write(part)
+        payload.write(part)
         self._missing -= len(part)
         if not self._missing:
             self._state = _State.TAIL
@@ -197,7 +202,12 @@ def _check_tail(tail: bytearray) -> None:
             position += length
         else:
             position = _past(tail, position, kind)
-    if position > len(tail):
+    _need(tail, position)
+
+
+def _need(data: bytearray, end: int) -> None:
+    """Raises _More unless so much is here."""
+    if end > len(data):
         raise _More
 
 
@@ -219,7 +229,7 @@ def _past(data: bytearray, position: int, kind: int) -> int:
     for end in range(position, position + _VALUE_BYTES):
         if end >= len(data):
             raise _More
-        if data[end] < 0x80:
+        if data[end] < _MORE:
             return end + 1
     raise _Odd
 
@@ -232,7 +242,7 @@ def _varint(data: bytearray, position: int, most: int) -> tuple[int, int]:
             raise _More
         byte = data[position + index]
         value |= (byte & 0x7F) << 7 * index
-        if byte < 0x80:
+        if byte < _MORE:
             if index and not byte:
                 raise _Odd  # padded
             return value, position + index + 1

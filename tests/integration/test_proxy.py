@@ -13,6 +13,7 @@ from gen_worker.testing.mock_orchestrator import MockOrchestrator
 from supervisor.transport import StatusCode, StreamClosed, TlsFiles
 from tests.integration.test_transport import dialed_and_answered
 from tests.support import nginx
+from tests.support.seam import plain
 from tests.support.stream_server import Dial, serving
 from tests.support.transports import TransportFactory
 from tests.support.worker_process import WAIT_S, WorkerProcess
@@ -49,7 +50,7 @@ async def test_messages_and_the_status_pass_a_proxy(
         received: list[bytes] = []
         async with asyncio.timeout(30):
             while len(received) < len(sent):
-                received += await stream.receive()
+                received += plain(await stream.receive())
             with pytest.raises(StreamClosed) as caught:
                 await stream.receive()
         assert received == sent

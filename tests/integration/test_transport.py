@@ -15,6 +15,7 @@ from gen_worker.wire import METHOD
 from supervisor.dial_hints import hint
 from supervisor.transport import StatusCode, Stream, StreamClosed, TlsFiles, Transport
 from supervisor.transport.grpcio import INBOX_BYTES, INBOX_MESSAGES
+from tests.support.seam import plain
 from tests.support.stream_server import Dial, eventually, serving, settled
 from tests.support.transports import TransportFactory
 
@@ -49,7 +50,7 @@ async def receive_all(stream: Stream) -> tuple[list[list[bytes]], StreamClosed]:
     batches: list[list[bytes]] = []
     while True:
         try:
-            batches.append(list(await stream.receive()))
+            batches.append(plain(await stream.receive()))
         except StreamClosed as closed:
             return batches, closed
 
@@ -73,7 +74,7 @@ async def test_messages_of_all_sizes_pass_both_ways_in_order(make_transport: Tra
         sending = asyncio.create_task(stream.send(messages))
         echoed: list[bytes] = []
         while len(echoed) < len(messages):
-            echoed += await stream.receive()
+            echoed += plain(await stream.receive())
         await sending
         assert echoed == messages
 

@@ -41,6 +41,7 @@ from supervisor.model_source import LocalModel
 from supervisor.observer import Observer
 from supervisor.residency import Residency
 from supervisor.transfers.messages import ReplyT, RequestBody
+from supervisor.transport.large import joined
 
 
 @dataclass
@@ -281,7 +282,7 @@ class Rig:
             try:
                 step.send(None)
             except StopIteration as stop:
-                found += [pb.WorkerSchedulerMessage.FromString(message) for message in stop.value]
+                found += [pb.WorkerSchedulerMessage.FromString(joined(message)) for message in stop.value]
                 outbox.accepted(len(stop.value))
             else:
                 step.close()

@@ -15,6 +15,7 @@ from supervisor import result_store as module
 from supervisor.journal import Journal
 from supervisor.outbox import DELIVERED_S, Outbox
 from supervisor.result_store import ResultStore
+from supervisor.transport.large import joined
 
 
 async def opened(parent: Path, worker_id: str = "worker") -> ResultStore:
@@ -163,7 +164,7 @@ class Scene:
         sent: list[bytes] = []
         while self.outbox.depth:
             batch = await self.outbox.take()
-            sent += batch
+            sent += map(joined, batch)
             self.outbox.accepted(len(batch))
         return sent
 

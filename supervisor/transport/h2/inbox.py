@@ -3,8 +3,8 @@
 Owns: the messages that wait to be received, what is here of the next one, and, once enough wait, the bytes behind them
 as they came.
 
-A message is a byte (1: compressed), its length in four, and its body; it may be split anywhere over frames. One that says
-that it is large is not joined but taken apart as it comes (supervisor/transport/large.py). What is
+A message is a byte (1: compressed), its length in four, and its body; it may be split anywhere over frames. One that
+says that it is large is not joined but taken apart as it comes (supervisor/transport/large.py). What is
 `held` is not acknowledged to the scheduler, so that HTTP/2's window makes it wait. The bytes of a message that is not
 whole yet are not held: it may be larger than any window.
 """

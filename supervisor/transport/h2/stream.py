@@ -74,6 +74,8 @@ _STREAM: Final = 1
 _DEFAULT_WINDOW: Final = 65_535
 _WRITE_BYTES: Final = 512 * 1024
 """So much may wait for the socket before `send` waits."""
+_READ_BYTES: Final = 1024 * 1024
+"""After so much is read others get a turn of the loop: it reads 8 MiB in one, which takes 20 ms and more."""
 _UNREAD_BYTES: Final = 4 * 1024 * 1024
 """So many answers to pings and settings, unread by the peer that asks for them, end the connection."""
 _JOIN_BYTES: Final = 64 * 1024
@@ -115,6 +117,8 @@ class H2Stream(asyncio.Protocol):
         self._idle_pings = 0
         self._sent_in_turn = 0
         """The same when others last had a turn of the loop by us."""
+        self._read_in_turn = 0
+        """Bytes that were read since."""
         self._sending = False
         self._writable = True
         self._spoke = False
@@ -285,10 +289,19 @@ class H2Stream(asyncio.Protocol):
         self._look_at_inbox()
         self._acknowledge()
         self._flush()
+        self._read_in_turn += len(data)
+        if self._read_in_turn > _READ_BYTES and self._transport is not None:
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._read_on)
         if not self._writable and self._transport is not None:
             unread = self._transport.get_write_buffer_size()
             if unread > _UNREAD_BYTES:
                 self._break(f"{self._target} reads nothing, and {unread} bytes of answers to it wait")
+
+    def _read_on(self) -> None:
+        self._read_in_turn = 0
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def _take(self, data: bytes) -> None:
         for frame in self._frames.cut(data):
