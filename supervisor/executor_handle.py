@@ -69,7 +69,7 @@ LOOP_RUNS: Final = 8192
 """Runs of async functions at once, far more than one event loop serves well; the rest waits in the supervisor."""
 PAUSED_RUNS: Final = 64
 """Runs that wait for their inputs; their payloads lie in the executor. With so many it takes no more."""
-OUTPUT_CAP_BYTES: Final = TRANSPORT_LIMIT_BYTES - 1024 * 1024
+OUTPUT_CAP_BYTES: Final = TRANSPORT_LIMIT_BYTES
 """No stream takes a larger result, so one that was let through would break every stream it is sent on."""
 
 

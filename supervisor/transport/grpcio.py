@@ -28,7 +28,7 @@ from typing import Final
 import grpc
 from grpc import aio
 
-from gen_worker.wire import METHOD, TRANSPORT_LIMIT_BYTES
+from gen_worker.wire import MESSAGE_LIMIT_BYTES, METHOD
 from supervisor.input_arena import InputArena
 from supervisor.transport import StatusCode, StreamClosed, StreamStatus, TlsFiles
 from supervisor.transport.large import LARGE_BYTES, PIECE_BYTES, LargeMessage, LargeRequest, Splitter
@@ -43,9 +43,6 @@ INBOX_MESSAGES: Final = 1024
 WINDOW_BYTES: Final = 4 * 1024 * 1024
 """What the scheduler may send ahead of what the inbox took."""
 
-_MESSAGE_BYTES: Final = TRANSPORT_LIMIT_BYTES + 1024 * 1024
-"""The slack is for what surrounds a payload of the full size."""
-
 _TRAILERS_S: Final = 0.05
 """Within this time after a stream's first sign of life a message or the end comes, or those were headers only."""
 
@@ -53,8 +50,8 @@ _SILENCE: Final = ("ping timeout", "keepalive watchdog", "Connection timed out")
 """In the details of a stream whose peer answered no ping, or whose data was never acknowledged."""
 
 _OPTIONS: Final = (
-    ("grpc.max_send_message_length", _MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
     # With data every 10 s (the heartbeat) a server with gRPC's defaults puts up with pings at this rate.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -11,13 +11,13 @@ from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
 from hyperframe.frame import DataFrame, GoAwayFrame, HeadersFrame, PingFrame, RstStreamFrame, WindowUpdateFrame
 
-from gen_worker.wire import METHOD
+from gen_worker.wire import MESSAGE_LIMIT_BYTES, METHOD
 from gen_worker.wire import worker_scheduler_pb2 as pb
 from supervisor.input_arena import InputArena
 from supervisor.transport import StatusCode, Stream, StreamClosed, StreamStatus
 from supervisor.transport.h2.dial import H2Transport
 from supervisor.transport.h2.inbox import INBOX_BYTES, PREFIX_BYTES
-from supervisor.transport.h2.stream import FRAME_BYTES, MESSAGE_BYTES, WINDOW_BYTES
+from supervisor.transport.h2.stream import FRAME_BYTES, WINDOW_BYTES
 from tests.support.http2_peer import (
     ANSWER,
     OK,
@@ -110,13 +110,13 @@ async def test_a_compressed_message_is_refused_after_those_before_it() -> None:
 
 async def test_a_message_that_is_too_large_is_refused_by_its_prefix() -> None:
     async with call() as (stream, peer):
-        status = await ending(peer, stream, data(struct.pack(">BL", 0, MESSAGE_BYTES + 1)))
+        status = await ending(peer, stream, data(struct.pack(">BL", 0, MESSAGE_LIMIT_BYTES + 1)))
     assert status.code is StatusCode.RESOURCE_EXHAUSTED
-    assert f"{MESSAGE_BYTES + 1} bytes" in status.details
+    assert f"{MESSAGE_LIMIT_BYTES + 1} bytes" in status.details
 
 
 async def test_a_message_that_is_too_large_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("supervisor.transport.h2.stream.MESSAGE_BYTES", 10)
+    monkeypatch.setattr("supervisor.transport.h2.stream.MESSAGE_LIMIT_BYTES", 10)
     async with call() as (stream, peer):
         with pytest.raises(StreamClosed) as caught:
             await stream.send([b"small", b"l" * 11, b"after"])

@@ -39,7 +39,7 @@ from h2.events import (
 from h2.exceptions import H2Error
 from h2.settings import SettingCodes, Settings
 
-from gen_worker.wire import TRANSPORT_LIMIT_BYTES
+from gen_worker.wire import MESSAGE_LIMIT_BYTES
 from supervisor.input_arena import InputArena
 from supervisor.transport import StatusCode, StreamClosed, StreamStatus
 from supervisor.transport.h2.frames import GOAWAY, BadFrame, FrameCutter, Goaway, type_of
@@ -58,8 +58,6 @@ log = logging.getLogger(__name__)
 # At debug it logs every header as it encodes it, the token's among them, in plain and in Huffman's code.
 logging.getLogger("hpack").setLevel(logging.WARNING)
 
-MESSAGE_BYTES: Final = TRANSPORT_LIMIT_BYTES + 1024 * 1024
-"""The slack is for what surrounds a payload of the full size."""
 WINDOW_BYTES: Final = 4 * 1024 * 1024
 """What the scheduler may send ahead of what the session took: fills 80 MB/s over 50 ms."""
 FRAME_BYTES: Final = 256 * 1024
@@ -104,7 +102,7 @@ class H2Stream(asyncio.Protocol):
         self._keepalive_settings = (keepalive_s, keepalive_timeout_s)
         self._http = _connection()
         self._frames = FrameCutter(FRAME_BYTES)
-        self._inbox = Inbox(MESSAGE_BYTES, arena)
+        self._inbox = Inbox(MESSAGE_LIMIT_BYTES, arena)
         self._transport: asyncio.Transport | None = None
         self._keepalive: Keepalive | None = None
         self._unacknowledged = 0
@@ -499,9 +497,9 @@ def _packed(messages: Sequence[bytes | LargeMessage]) -> Iterator[memoryview]:
     """The messages with their prefixes, small ones joined. Raises StreamClosed before one that is too large."""
     small: list[bytes] = []
     for message in messages:
-        if len(message) > MESSAGE_BYTES:
+        if len(message) > MESSAGE_LIMIT_BYTES:
             yield memoryview(b"".join(small))
-            reason = f"a message of {len(message)} bytes can't be sent; {MESSAGE_BYTES} are the most"
+            reason = f"a message of {len(message)} bytes can't be sent; {MESSAGE_LIMIT_BYTES} are the most"
             raise StreamClosed(StreamStatus(StatusCode.RESOURCE_EXHAUSTED, reason))
         small.append(prefix(message))
         if isinstance(message, bytes) and len(message) <= _JOIN_BYTES:
