@@ -88,15 +88,22 @@ class ArenaWriter:
         touched = self._touched[offset]
         if self._retained_bytes + touched > RETAIN_BYTES:
             del self._touched[offset]
-            with mmap.mmap(self._fd, block, offset=offset) as mapped:
-                mapped.madvise(mmap.MADV_REMOVE)
-            self._released.setdefault(block, []).append(offset)
+            self._give_back(offset, block)
         else:
             self._retained_bytes += touched
             self._retained.setdefault(block, []).append(offset)
 
     def close(self) -> None:
         os.close(self._fd)
+
+    def _give_back(self, offset: int, block: int) -> None:
+        """A free block's pages go to the kernel."""
+        self._remove_pages(offset, block)
+        self._released.setdefault(block, []).append(offset)
+
+    def _remove_pages(self, offset: int, size: int) -> None:
+        with mmap.mmap(self._fd, size, offset=offset) as mapped:
+            mapped.madvise(mmap.MADV_REMOVE)
 
     def _take(self, block: int) -> int:
         if retained := self._retained.get(block):

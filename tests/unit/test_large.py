@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
 from itertools import pairwise
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from gen_worker.pipe.arena import BLOB_THRESHOLD_BYTES, ArenaError, ArenaReader, ArenaWriter, create_arena
 from gen_worker.wire import worker_scheduler_pb2 as pb
 from supervisor.held_output import HeldOutput, LargeResult
-from supervisor.input_arena import Input, InputArena
+from supervisor.input_arena import GIVE_BACK_BYTES, Input, InputArena
 from supervisor.transport import large
 from supervisor.transport.h2.inbox import Inbox, prefix
 from supervisor.transport.large import PIECE_BYTES, LargeRequest, Splitter, joined
@@ -181,6 +182,23 @@ def test_one_that_was_handed_over_is_another_s(arena: InputArena) -> None:
     assert blocks(arena) == 1
     arena.writer.free(blob.offset)
     other.close()
+
+
+async def test_much_memory_goes_back_in_parts(arena: InputArena) -> None:
+    payload = arena.reserve(5 * GIVE_BACK_BYTES + 1)
+    payload.write(bytes(5 * GIVE_BACK_BYTES + 1))
+    arena.writer.put(bytes(2**20))
+    del payload
+    memory, parts = [os.fstat(arena.read_fd).st_blocks * 512], 0
+    while memory[-1] > 2**20:
+        await asyncio.sleep(0)
+        memory.append(os.fstat(arena.read_fd).st_blocks * 512)
+        assert memory[-2] - memory[-1] <= GIVE_BACK_BYTES
+        parts += memory[-2] > memory[-1]
+    assert parts == 5
+    for _ in range(8):  # its block has 128 MiB
+        await asyncio.sleep(0)
+    assert arena.writer.reserve(5 * GIVE_BACK_BYTES).offset == 0, "it is used again"
 
 
 def test_executors_can_only_read(arena: InputArena) -> None:
