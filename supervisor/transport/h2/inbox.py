@@ -73,8 +73,8 @@ class Inbox:
             self._cut(data)
 
     def abandon(self) -> None:
-        """Nothing more is fed: what is here of a large message that is not whole goes."""
-        self._large = None
+        """Nothing more is fed: what is here of a large message that is not whole goes, and none is begun any more."""
+        self._large = self._arena = None
 
     def take(self) -> list[bytes | LargeRequest]:
         """All messages that wait. What lies behind them is cut next, and counts as waiting from then on."""
