@@ -26,7 +26,7 @@ from typing import Final
 import psutil
 import uvloop
 from alone import executor_replaced, first_registration, resident, stalls, until_serving
-from load import LoadScheduler, Subject, subject
+from load import LoadScheduler, Subject, keep_memory, subject
 from load_grpcio import GrpcioLoadScheduler
 from measures import CPU, DRIVEN, MIB, SMALL, Driven
 from rich.console import Console
@@ -194,6 +194,7 @@ def main() -> int:
         "peer": arguments.peer,
         "load_before": f"{os.getloadavg()[0]:.1f}",
     }
+    keep_memory()
     rows = uvloop.run(compared(arguments.rounds, arguments.only, PEERS[arguments.peer]))
     rows += uvloop.run(by_themselves(arguments.rounds, arguments.only, quick=arguments.quick))
     about["load_after"] = f"{os.getloadavg()[0]:.1f}"

@@ -1,6 +1,7 @@
 """One child process: its start, its pipe, its output lines, its end.
 
-Owns: the process, the supervisor's end of its pipe, the two arenas and the pipes behind its stdout and stderr.
+Owns: the process, the supervisor's end of its pipe, the two arenas (the one to it may be shared with other children)
+and the pipes behind its stdout and stderr.
 
 1. `spawn` execs `python -P -m executor` in a session of its own, from the main thread (a thread that exits would fire
    the child's parent-death signal).
@@ -29,10 +30,12 @@ from gen_worker.pipe.arena import ArenaReader, ArenaWriter, create_arena
 from gen_worker.pipe.frames import FrameDecoder, FrameError, encode_frame
 from supervisor.executor_user import ExecutorUser
 from supervisor.family import FAMILY, MARK
+from supervisor.input_arena import InputArena
 
 log = logging.getLogger(__name__)
 
-READ_BYTES: Final = 256 * 1024
+READ_BYTES: Final = 64 * 1024
+"""At a time, with a turn of the loop between two: so many small events take it 15 ms."""
 LINE_BYTES: Final = 8 * 1024
 """A longer line of output is cut into several."""
 LAST_LINES: Final = 40
@@ -80,7 +83,10 @@ class Child(asyncio.BufferedProtocol):
         on_line: Callable[[str, str], None],
         on_writable: Callable[[], None],
         on_exit: Callable[[ExitCause], None],
+        inputs: InputArena | None = None,
     ) -> None:
+        """The arena to it is its own without `inputs`."""
+        self._inputs = inputs
         self.hand_over(on_frame=on_frame, on_line=on_line, on_writable=on_writable, on_exit=on_exit)
         self._loop = asyncio.get_running_loop()
         self._decoder = FrameDecoder()
@@ -112,7 +118,9 @@ class Child(asyncio.BufferedProtocol):
             near, far = multiprocessing.Pipe(duplex=True)
             theirs.enter_context(near)  # sockets of its own below stand for it
             theirs.enter_context(far)
-            down, up = _closed_by(ours, create_arena("down")), _closed_by(ours, create_arena("up"))
+            own = _closed_by(ours, create_arena("down")) if self._inputs is None else -1
+            down = own if self._inputs is None else self._inputs.read_fd
+            up = _closed_by(ours, create_arena("up"))
             stdout, stdout_write = _output_pipe(ours, theirs)
             stderr, stderr_write = _output_pipe(ours, theirs)
             fds = ["--pipe-fd", str(far.fileno()), "--down-fd", str(down), "--up-fd", str(up)]
@@ -144,7 +152,7 @@ class Child(asyncio.BufferedProtocol):
             self._pidfd = _closed_by(ours, os.pidfd_open(self.pid))
             self._loop.add_reader(self._pidfd, self._on_pidfd)
             ours.pop_all()
-        self.arena_down = ArenaWriter(down)
+        self.arena_down = ArenaWriter(own) if self._inputs is None else self._inputs.writer
         self.arena_up = ArenaReader(up)
         self._outputs = [
             _OutputLines(self._loop, stdout, "stdout", self._take_line),
@@ -249,6 +257,14 @@ class Child(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._feed(self._buffer[:nbytes])
+        if nbytes == READ_BYTES and self._transport is not None and not self._transport.is_closing():
+            # uvloop would go on at once, 32 times.
+            self._transport.pause_reading()
+            self._loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def eof_received(self) -> bool:
         self._pipe_closed("it closed its pipe")
@@ -304,7 +320,8 @@ class Child(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()  # one that is not connected yet is aborted by _connect
         self._last_words.close()
-        self.arena_down.close()
+        if self._inputs is None:
+            self.arena_down.close()
         self.arena_up.close()
 
     def _drain_pipe(self) -> None:

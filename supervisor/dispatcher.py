@@ -46,6 +46,7 @@ from supervisor.backlog import Backlog
 from supervisor.child import ExitCause
 from supervisor.executor_handle import ExecutorHandle
 from supervisor.held_output import HeldOutput, LargeResult
+from supervisor.input_arena import Input, Payload
 from supervisor.lanes import Lanes
 from supervisor.model_commands import ModelCommands
 from supervisor.model_names import ModelRefused, Models
@@ -168,28 +169,29 @@ class Dispatcher:
 
     # -- from the scheduler -------------------------------------------------------------------
 
-    def submit(self, request: pb.TaskExecutionRequest) -> None:
-        """Accept a run, or answer at once why not."""
+    def submit(self, request: pb.TaskExecutionRequest, large: Input | None = None) -> None:
+        """Accept a run, or answer at once why not. A payload that is `large` is not in the request."""
         run_id = request.run_id
+        payload = request.input_payload if large is None else large
         if run_id in self._active:
             log.warning("run %s is active already: the second request is ignored", run_id, extra={"run_id": run_id})
             return
         info = self.functions.get(request.function_name)
         try:
-            failure = self._refusal(request, info)
-            models = () if failure or info is None else self._models(info, request)
+            failure = self._refusal(request, payload, info)
+            models = () if failure or info is None else self._models(info, request, payload)
         except ModelRefused as refused:
             failure = refused.failure
         if failure is not None or info is None:
             self._refuse(run_id, info, failure or runs.invalid("unknown function"))
             return
-        request_print = fingerprint(info.name, request.input_payload)
+        request_print = fingerprint(info.name, payload)
         failure = self._quarantine.refusal(request_print, info.name)
         if failure is not None:
             self._refuse(run_id, info, failure)
             return
         run = Run(
-            next(self._keys), run_id, info.name, request.input_payload, models,
+            next(self._keys), run_id, info.name, payload, models,
             max(0, request.timeout_ms), request.tenant_id, request.user_id, self._loop.time(),
         )  # fmt: skip
         self._active[run_id] = run
@@ -402,8 +404,7 @@ class Dispatcher:
         try:
             handle.send_run(run, payload, deadline, window)
         except OSError as error:
-            detail = f"no shared memory for a payload of {len(payload)} bytes: {error}"
-            self._finish(run, Failure("resource", "out of memory", detail))
+            self._finish(run, _no_memory(payload, error))
         except FrameError as error:
             self._finish(run, runs.invalid("request too large", f"the request without its payload: {error}"))
         else:
@@ -516,7 +517,7 @@ class Dispatcher:
         elif event.type in _STREAM_ENDS:
             run.stream_ended = True
 
-    def _refusal(self, request: pb.TaskExecutionRequest, info: FunctionInfo | None) -> Failure | None:
+    def _refusal(self, request: pb.TaskExecutionRequest, payload: Payload, info: FunctionInfo | None) -> Failure | None:
         if not request.run_id:
             return runs.invalid("run_id is empty")
         if self._draining:
@@ -527,11 +528,16 @@ class Dispatcher:
         if info is None:
             known = ", ".join(sorted(self.functions)) or "none"
             return runs.invalid("unknown function", f"unknown function {request.function_name!r}; it serves: {known}")
+        return self._refusal_of(payload) or self._overload()
+
+    def _refusal_of(self, payload: Payload) -> Failure | None:
         limit = self._limits.max_input_bytes
-        if limit and len(request.input_payload) > limit:
-            size = len(request.input_payload)
+        if limit and len(payload) > limit:
+            size = len(payload)
             return runs.invalid("input too large", f"input of {size} bytes is over WORKER_MAX_INPUT_BYTES={limit}")
-        return self._overload()
+        if isinstance(payload, Input) and payload.error is not None:
+            return _no_memory(payload, payload.error)
+        return None
 
     def _no_room(self) -> Failure | None:
         """Why nothing is taken now, whatever it is."""
@@ -544,10 +550,11 @@ class Dispatcher:
             return runs.busy("too much waits already, and none of it gets on")
         return None
 
-    def _models(self, info: FunctionInfo, request: pb.TaskExecutionRequest) -> Models:
+    def _models(self, info: FunctionInfo, request: pb.TaskExecutionRequest, payload: Payload) -> Models:
         if not info.injections:
             return ()
-        return self._residency.names.resolve(info, request.required_models, request.input_payload)
+        data = payload if isinstance(payload, bytes) else payload.view()
+        return self._residency.names.resolve(info, request.required_models, data)
 
     def _streams(self, function: str) -> bool:
         info = self.functions.get(function)
@@ -566,6 +573,10 @@ class Dispatcher:
         run = self._by_key.get(key)
         if run is not None and run.handle is not None:
             run.handle.send_credit(key, size)
+
+
+def _no_memory(payload: Payload, error: OSError) -> Failure:
+    return Failure("resource", "out of memory", f"no shared memory for a payload of {len(payload)} bytes: {error}")
 
 
 _STREAM_ENDS: Final = frozenset(("output.completed", "output.error"))

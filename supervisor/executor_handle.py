@@ -58,6 +58,8 @@ from supervisor.child import Child, ExitCause
 from supervisor.devices import Device
 from supervisor.executor_user import ExecutorUser
 from supervisor.held_output import HeldOutput
+from supervisor.input_arena import InputArena
+from supervisor.input_arena import Payload as RunPayload
 from supervisor.output_log import OutputLog
 from supervisor.runs import Run, invalid
 
@@ -72,7 +74,7 @@ LOOP_RUNS: Final = 8192
 """Runs of async functions at once, far more than one event loop serves well; the rest waits in the supervisor."""
 PAUSED_RUNS: Final = 64
 """Runs that wait for their inputs; their payloads lie in the executor. With so many it takes no more."""
-OUTPUT_CAP_BYTES: Final = TRANSPORT_LIMIT_BYTES - 1024 * 1024
+OUTPUT_CAP_BYTES: Final = TRANSPORT_LIMIT_BYTES
 """No stream takes a larger result, so one that was let through would break every stream it is sent on."""
 
 
@@ -105,9 +107,17 @@ class HandleEvents(Protocol):
 
 
 class ExecutorHandle:
-    """See the module. `events` is told of everything; a handle decides nothing."""
+    """See the module. `events` is told of everything; a handle decides nothing. Large payloads lie in `inputs`."""
 
-    def __init__(self, slot: int, incarnation: int, device: Device, threads: int, events: HandleEvents) -> None:
+    def __init__(
+        self,
+        slot: int,
+        incarnation: int,
+        device: Device,
+        threads: int,
+        events: HandleEvents,
+        inputs: InputArena | None = None,
+    ) -> None:
         self.slot = slot
         self.incarnation = incarnation
         self.device = device
@@ -139,12 +149,16 @@ class ExecutorHandle:
         self._idle.set()
         self._running: Counter[str] = Counter()
         self._events = events
+        self._inputs = inputs
         self._output = OutputLog(self.name)
+        self._given: set[int] = set()
+        """Offsets of the blocks in the arena to it that it has not given back."""
         self._child = Child(
             on_frame=self._on_frame,
             on_line=self._output.line,
             on_writable=lambda: events.executor_writable(self),
             on_exit=self._on_exit,
+            inputs=inputs,
         )
 
     @property
@@ -243,15 +257,13 @@ class ExecutorHandle:
             self._paused.remove(run.key)
             self._count(run, 1)
 
-    def send_run(self, run: Run, payload: bytes, deadline: float, window: int) -> None:
+    def send_run(self, run: Run, payload: RunPayload, deadline: float, window: int) -> None:
         """Give it a run.
 
         Raises OSError when there is no shared memory for a large payload, FrameError when the request is too large
         without it.
         """
-        where: Payload = payload
-        if len(payload) >= BLOB_THRESHOLD_BYTES:
-            where = self._child.arena_down.put(payload)
+        where = self._place(payload)
         message = RunMessage(
             run.key, run.run_id, run.function, where, dict(run.models),
             run.timeout_ms, deadline, run.tenant_id, run.user_id, window,
@@ -260,7 +272,7 @@ class ExecutorHandle:
             self._send(message)
         except FrameError:
             if isinstance(where, Blob):
-                self._child.arena_down.free(where.offset)
+                self._take_back(where.offset)
             raise
         self._took(run)
 
@@ -309,8 +321,7 @@ class ExecutorHandle:
 
     def send_socket_frame(self, key: int, data: bytes, *, is_text: bool) -> None:
         """Raises OSError when there is no shared memory for a large one."""
-        large = len(data) >= BLOB_THRESHOLD_BYTES
-        self._send(SocketFrame(key, self._child.arena_down.put(data) if large else data, is_text))
+        self._send(SocketFrame(key, self._place(data), is_text))
 
     def send_socket_close(self, key: int, reason: str) -> None:
         self._send(SocketClose(key, reason))
@@ -332,6 +343,25 @@ class ExecutorHandle:
         return list(self._child.last_lines)
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _place(self, payload: RunPayload) -> Payload:
+        """Where it will find a payload; a large one is in shared memory already, or put there. Raises OSError."""
+        arena = self._child.arena_down
+        if isinstance(payload, bytes):
+            if len(payload) < BLOB_THRESHOLD_BYTES:
+                return payload
+            blob = arena.put(payload)
+        else:
+            blob = payload.hand_over(arena) or arena.put(payload.view())
+        self._given.add(blob.offset)
+        return blob
+
+    def _take_back(self, offset: int) -> None:
+        """It is done with the block at `offset`. Raises ArenaError when it was given none."""
+        if offset not in self._given:
+            raise ArenaError(f"no block at offset {offset} is in use")
+        self._given.discard(offset)
+        self._child.arena_down.free(offset)
 
     def _count(self, run: Run, places: int) -> None:
         info = self.functions[run.function]
@@ -382,7 +412,7 @@ class ExecutorHandle:
             case Result():
                 self._result(message)
             case Free():
-                self._child.arena_down.free(message.offset)
+                self._take_back(message.offset)
             case FetchFile() | StoreFile():
                 self._events.run_file(self, message)
             case Ready() | Parked():
@@ -471,6 +501,10 @@ class ExecutorHandle:
             return
         self.state = HandleState.DEAD
         self._took_slot()
+        if self._inputs is not None:
+            for offset in self._given:
+                self._inputs.writer.free(offset)
+        self._given.clear()
         self._output.say_left_out()
         self._events.executor_died(self, cause)
 

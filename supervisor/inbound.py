@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from supervisor.dispatcher import Dispatcher
 from supervisor.residency import Residency
+from supervisor.transport.large import LargeRequest
 from supervisor.wire_codec import WireError, decode
 
 if TYPE_CHECKING:
@@ -51,10 +52,10 @@ class Inbound:
         """Nothing more comes of the stream, and what was opened on it is over."""
         self._dispatcher.sockets.stream_closed()
 
-    def handle(self, message: bytes) -> None:
+    def handle(self, message: bytes | LargeRequest) -> None:
         """Take one message of the stream. Never raises."""
         try:
-            decoded = decode(message)
+            decoded = decode(message if isinstance(message, bytes) else message.head)
         except WireError as error:
             log.warning("a message of the scheduler is dropped: %s", error)
             return
@@ -64,7 +65,10 @@ class Inbound:
             log.warning("a message of the scheduler is dropped: %s", f"unexpected {kind}" if kind else "it is empty")
             return
         try:
-            handler(getattr(decoded, kind))
+            if isinstance(message, LargeRequest):
+                self._dispatcher.submit(decoded.run_request, message.payload)
+            else:
+                handler(getattr(decoded, kind))
         except Exception:
             # A defect of ours in one message must not cost the stream and with it every other run.
             log.exception("handling a %s of the scheduler failed", kind)

@@ -32,6 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
+from gen_worker.pipe.arena import ArenaError
+from supervisor.held_output import LargeResult
+
 log = logging.getLogger(__name__)
 
 MAGIC: Final = b"GWRESLT1"
@@ -66,7 +69,7 @@ class _Segment:
     alive: int = 0
     """Results that are to be found here."""
 
-    def append(self, record: Sequence[bytes]) -> int:
+    def append(self, record: Iterable[bytes | memoryview]) -> int:
         """Write a record, given in pieces, behind what is here. Returns its size."""
         end = self.size
         try:
@@ -76,7 +79,7 @@ class _Segment:
                     written = os.pwrite(self.fd, view, end)
                     view = view[written:]
                     end += written
-        except OSError:
+        except (OSError, ArenaError):
             os.ftruncate(self.fd, self.size)
             raise
         size = end - self.size
@@ -157,8 +160,8 @@ class Journal:
             raise OSError(f"{place.segment.path}: no result {result_id} at {place.offset}")
         return kept.message
 
-    def keep(self, result_id: int, message: bytes) -> None:
-        """Append a result; `result_id` was never used here before."""
+    def keep(self, result_id: int, message: bytes | LargeResult) -> None:
+        """Append a result; `result_id` was never used here before. Raises ArenaError when it can't be read."""
         self._keep(result_id, _kept_record(result_id, message))
         self._compact()
 
@@ -195,7 +198,7 @@ class Journal:
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _keep(self, result_id: int, record: Sequence[bytes]) -> None:
+    def _keep(self, result_id: int, record: Iterable[bytes | memoryview]) -> None:
         place = self._append(record)
         place.segment.alive += 1
         self._alive_bytes += place.size
@@ -205,7 +208,7 @@ class Journal:
         place.segment.alive -= 1
         self._alive_bytes -= place.size
 
-    def _append(self, record: Sequence[bytes]) -> _Place:
+    def _append(self, record: Iterable[bytes | memoryview]) -> _Place:
         """Write a record, given in pieces, behind the last one."""
         if not self._segments or self._segments[-1].size >= SEGMENT_BYTES:
             self._roll()
@@ -301,10 +304,18 @@ def _lock(directory: Path) -> int | None:
     return None
 
 
-def _kept_record(result_id: int, message: bytes) -> tuple[bytes, bytes]:
-    """In two pieces, since a message may be large."""
+def _kept_record(result_id: int, message: bytes | LargeResult) -> Iterator[bytes | memoryview]:
+    """In pieces, since a message may be large; one that lies in shared memory is read once for its check before."""
+
+    def pieces() -> Iterable[bytes | memoryview]:
+        return (message,) if isinstance(message, bytes) else message.pieces()
+
     head = _KEPT_HEAD.pack(_KEPT, result_id)
-    return _PREFIX.pack(len(head) + len(message), zlib.crc32(message, zlib.crc32(head))) + head, message
+    crc = zlib.crc32(head)
+    for piece in pieces():
+        crc = zlib.crc32(piece, crc)
+    yield _PREFIX.pack(len(head) + len(message), crc) + head
+    yield from pieces()
 
 
 def _arrived_record(result_ids: Sequence[int]) -> tuple[bytes]:

@@ -50,7 +50,7 @@ class ModelNames:
         named = self._allowed or {canonical_name(ref) for ref in self._labels.values()}
         return sorted(model_id for model_id in named if self._source.knows(model_id))
 
-    def resolve(self, info: FunctionInfo, required: Sequence[str], payload: bytes) -> Models:
+    def resolve(self, info: FunctionInfo, required: Sequence[str], payload: bytes | memoryview) -> Models:
         """The model of each injected parameter. Raises ModelRefused.
 
         `required` (the request's required_models) overrides by position. The payload is only looked into for a
@@ -88,7 +88,12 @@ class ModelNames:
         return exact or any_type
 
     def _choose(
-        self, info: FunctionInfo, injection: InjectionInfo, position: int, required: Sequence[str], payload: bytes
+        self,
+        info: FunctionInfo,
+        injection: InjectionInfo,
+        position: int,
+        required: Sequence[str],
+        payload: bytes | memoryview,
     ) -> str:
         if position < len(required) and required[position]:
             return self.model_id(required[position])

@@ -17,7 +17,8 @@ batches and says what went out; when a stream ends, what may have been lost with
    others: of a stream that there was more for than it took, or whose peer had gone silent, all that may lie unread; of
    another one what went out so late that it can't have been read. docs/adr/0004-known-delivered.md has the reasons.
 6. A result that scheduler after scheduler refuses for its size is replaced by a failure that says so.
-7. A large output is read from its executor's shared memory when it is sent, not before.
+7. A large output stays in its executor's shared memory until its result is known to have arrived, and is read from
+   there each time that it is sent.
 8. A Keeper, when there is one, has every result from when it is put until it is known to have arrived.
 9. What a realtime session sends is transient: it belongs to the stream that the session was opened on, and is dropped
    with it. Only its close goes out on the next one.
@@ -35,10 +36,13 @@ from itertools import takewhile
 from typing import Final, NamedTuple, Protocol
 
 from supervisor.backlog import Backlog
+from supervisor.held_output import LargeResult
 from supervisor.oversize import Name, Oversize, refuses_size
 from supervisor.retention import Pack, Retention, Sent, messages
 from supervisor.transport import StreamStatus, Unread
-from supervisor.transport.joined import Joined, Message, count_of, wire_size
+from supervisor.transport.messages import Joined, count_of, wire_size
+
+_Message = bytes | Joined | LargeResult
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +75,7 @@ _OVERHEAD_BYTES: Final = 256
 class Keeper(Protocol):
     """Has results for the supervisor after this one, in case this one dies."""
 
-    def keep(self, message: bytes) -> int:
+    def keep(self, message: bytes | LargeResult) -> int:
         """Take a result; returns the ticket by which it is named later."""
         ...
 
@@ -82,31 +86,17 @@ class Keeper(Protocol):
 class _NoKeeper:
     """Without WORKER_OUTBOX_DIR."""
 
-    def keep(self, message: bytes) -> int:  # noqa: ARG002  (the protocol's)
+    def keep(self, message: bytes | LargeResult) -> int:  # noqa: ARG002  (the protocol's)
         return 0
 
     def forget(self, ticket: int) -> None:
         pass
 
 
-class Output(Protocol):
-    """A result that is made when it is sent; until then its large output lies elsewhere."""
-
-    size: int
-    """Of the message, or nearly: enough to count by."""
-
-    def message(self) -> bytes:
-        """Make it."""
-        ...
-
-    def release(self) -> None:
-        """It was made for the last time."""
-
-
 class _Answer(NamedTuple):
     """A result, or what answers a command."""
 
-    data: bytes | Output
+    data: bytes | LargeResult
     size: int
     ticket: int | None
     """The keeper's; None: not a result, so it is not sent again."""
@@ -126,7 +116,7 @@ class _RunQueue:
 
     def __init__(self, key: int) -> None:
         self.key = key
-        self.items: deque[tuple[Message, int]] = deque()
+        self.items: deque[tuple[_Message, int]] = deque()
         self.result: _Answer | None = None
         self.credit = 0
         self.queued = False
@@ -134,13 +124,13 @@ class _RunQueue:
         self.transient = False
         """Whether what waits in it goes with the stream."""
 
-    def put_first(self, events: Sequence[Message]) -> None:
+    def put_first(self, events: Sequence[_Message]) -> None:
         """These go again; their credit was given when they went out before."""
         self.items.extendleft((data, 0) for data in reversed(events))
 
 
 class _Taken(NamedTuple):
-    data: Message
+    data: _Message
     queue: _RunQueue | None
     weight: int
     answer: _Answer | None
@@ -168,9 +158,9 @@ def _split(taken: list[_Taken], count: int) -> tuple[list[_Taken], list[_Taken]]
     return taken, []
 
 
-def _event(sent: Sent) -> Message:
+def _event(sent: Sent) -> _Message:
     """As it was when it was put."""
-    return Joined(sent.data, sent.ticket) if sent.ticket else sent.data
+    return Joined(sent.data, sent.ticket) if sent.ticket and isinstance(sent.data, bytes) else sent.data
 
 
 class Outbox:
@@ -187,7 +177,6 @@ class Outbox:
         self._clock = clock
         self._backlog = backlog or Backlog(clock)
         self._keeper = keeper or _NoKeeper()
-        self._keeps = keeper is not None
         self._urgent: deque[_Answer] = deque()
         self._queues: dict[int, _RunQueue] = {}
         self._turns: deque[_RunQueue] = deque()
@@ -218,7 +207,7 @@ class Outbox:
 
     # -- producers ----------------------------------------------------------------------------
 
-    def put_event(self, key: int, message: Message, weight: int, *, transient: bool = False) -> None:
+    def put_event(self, key: int, message: _Message, weight: int, *, transient: bool = False) -> None:
         """Queue an event of run `key`, several joined, or a frame of a session; `weight` is its part of the window."""
         queue = self._queues.get(key)
         if queue is None:
@@ -228,14 +217,9 @@ class Outbox:
         self._queue_turn(queue)
         self._wake.set()
 
-    def put_result(self, key: int, message: bytes | Output) -> None:
+    def put_result(self, key: int, message: bytes | LargeResult) -> None:
         """Queue the result of run `key`: the last that is ever put for this key."""
-        if isinstance(message, bytes):
-            result = _Answer(message, len(message), self._keeper.keep(message), key)
-        else:
-            ticket = self._keeper.keep(message.message()) if self._keeps else 0
-            result = _Answer(message, message.size, ticket, key)
-        self._put_last(key, result)
+        self._put_last(key, _Answer(message, len(message), self._keeper.keep(message), key))
 
     def put_close(self, key: int, message: bytes) -> None:
         """Queue the close of session `key`, the last that is ever put for it. It is not sent twice."""
@@ -275,7 +259,7 @@ class Outbox:
 
     # -- the session --------------------------------------------------------------------------
 
-    async def take(self) -> Sequence[Message]:
+    async def take(self) -> Sequence[_Message]:
         """The next batch; waits until there is one. A batch that `accepted` did not follow is taken again."""
         if self._taken:
             self.accepted(0)
@@ -407,10 +391,11 @@ class Outbox:
         named = [(Name(sent.key, sent.ticket), len(sent.data)) for sent in messages(results)]
         last = self._refused
         if last is not None and last.ticket is not None:
-            named.append((Name(last.key, last.ticket), len(last.data) if isinstance(last.data, bytes) else last.size))
+            named.append((Name(last.key, last.ticket), len(last.data)))
         self._oversize.refused(status, named)
 
     def _forget(self, pack: Pack) -> None:
+        pack.release()
         for ticket in pack.tickets:
             self._keeper.forget(ticket)
 
@@ -435,7 +420,7 @@ class Outbox:
 
         A run whose result has arrived is over, and so are its events.
         """
-        by_run: dict[int, list[Message]] = {}
+        by_run: dict[int, list[_Message]] = {}
         for sent in messages(events):
             by_run.setdefault(sent.key, []).append(_event(sent))
         ends = {sent.key: sent for sent in messages(results) if sent.key in by_run}
@@ -465,15 +450,13 @@ class Outbox:
     def _take(self, answer: _Answer, queue: _RunQueue | None) -> _Taken:
         """For a batch. A result that no scheduler takes is a failure from here on."""
         data = answer.data
-        if not isinstance(data, bytes):
-            output, data = data, data.message()
-            output.release()
-            answer = answer._replace(data=data)
         if answer.ticket is not None and self._oversize.has_replacements:
             failure = self._oversize.replacement(Name(answer.key, answer.ticket), data)
             if failure is not None:
                 self._backlog.answer_left(answer.cost)
                 self._keeper.forget(answer.ticket)
+                if not isinstance(data, bytes):
+                    data.release()
                 data, answer = failure, _Answer(failure, len(failure), self._keeper.keep(failure), answer.key)
                 self._backlog.answer_waits(answer.cost)
         self._places -= 1

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
+from supervisor.held_output import LargeResult
 from supervisor.runs import invalid
 from supervisor.transport import StatusCode, StreamStatus
 from supervisor.wire_codec import decode, encode_result
@@ -57,13 +58,14 @@ class Oversize:
         """Whether any result is to be replaced."""
         return bool(self._given_up)
 
-    def replacement(self, name: Name, message: bytes) -> bytes | None:
+    def replacement(self, name: Name, message: bytes | LargeResult) -> bytes | None:
         """What goes out instead of a result that is proven too large, once; None: the result itself."""
         reason = self._given_up.pop(name, None)
         if reason is None:
             return None
         self._suspect, self._strikes = None, 0
-        return encode_result(decode(message).run_result.run_id, b"", invalid("output too large", reason))
+        run_id = decode(message).run_result.run_id if isinstance(message, bytes) else message.run_id
+        return encode_result(run_id, b"", invalid("output too large", reason))
 
 
 def refuses_size(status: StreamStatus) -> bool:

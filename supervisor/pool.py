@@ -22,6 +22,7 @@ from supervisor.child import ExitCause
 from supervisor.devices import Device
 from supervisor.executor_handle import ExecutorHandle, HandleEvents, HandleState
 from supervisor.executor_user import ExecutorUser
+from supervisor.input_arena import InputArena
 from supervisor.observer import Observer
 from supervisor.respawn import Respawn
 from supervisor.spare import Spare, SpareView
@@ -79,11 +80,16 @@ class Pool:
         events: HandleEvents,
         on_all_closed: Callable[[], None],
         user: ExecutorUser | None = None,
+        inputs: InputArena | None = None,
         explain: Callable[[ExitCause], ExitCause] = lambda cause: cause,
         observer: Observer | None = None,
         warm_spare: bool = False,
     ) -> None:
-        """`user` is whom executors run as; `explain` may know more of why one died; `warm_spare`: keep one ready."""
+        """`user` is whom executors run as, `inputs` where their large payloads lie, if they share that.
+
+        `explain` may know more of why one died; `warm_spare`: keep one ready.
+        """
+        self._inputs = inputs
         self._slots = [_Slot(number, device) for number, device in enumerate(devices)]
         self._init = init
         self._env = env
@@ -224,7 +230,7 @@ class Pool:
         if self._stopping or slot.handle is not None:  # a renewal may have been faster
             return
         events = _SlotEvents(self, slot)
-        handle = ExecutorHandle(slot.number, slot.incarnation, slot.device, self._threads, events)
+        handle = ExecutorHandle(slot.number, slot.incarnation, slot.device, self._threads, events, self._inputs)
         slot.incarnation += 1
         slot.started_at = self._loop.time()
         slot.handle = handle

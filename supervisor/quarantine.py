@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gen_worker.pipe.messages import Failure
+from supervisor.input_arena import Payload
 
 STRIKES: Final = 3
 REFUSED_S: Final = 3600.0
@@ -32,13 +33,14 @@ _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 4096
 
 
-def fingerprint(function: str, payload: bytes) -> bytes:
+def fingerprint(function: str, payload: Payload) -> bytes:
     """What names a request: 16 bytes of function and payload."""
     digest = hashlib.blake2b(f"{function}\0{len(payload)}\0".encode(), digest_size=16)
+    view = memoryview(payload) if isinstance(payload, bytes) else payload.view()
     if len(payload) <= WHOLE_BYTES:
-        digest.update(payload)
+        digest.update(view)
     else:
-        view, last = memoryview(payload), len(payload) - _SAMPLE_BYTES
+        last = len(payload) - _SAMPLE_BYTES
         for index in range(_SAMPLES):
             start = last * index // (_SAMPLES - 1)
             digest.update(view[start : start + _SAMPLE_BYTES])

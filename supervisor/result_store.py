@@ -5,7 +5,8 @@ thread that touches them: a disk may be slow, or stuck, and the event loop must 
 
 1. `open` adopts what dead supervisors left, whatever their worker ids were; a journal whose supervisor lives is locked.
 2. `keep` and `forget` are handed to the thread in order. `keep` returns a ticket, by which the outbox says later that
-   the result has arrived. A result that arrived before it was written is never written.
+   the result has arrived. A result that arrived before it was written is never written. A large output is read by the
+   thread where it lies.
 3. `hand_over` gives the outbox what was adopted, as far as the outbox has room.
 4. A disk that is full or can't be written to is said once, and once more when it can. The worker goes on without.
 
@@ -23,9 +24,12 @@ import re
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
+from gen_worker.pipe.arena import ArenaError
+from supervisor.held_output import LargeResult
 from supervisor.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -41,7 +45,7 @@ _NAME_CHARS: Final = 64
 
 class _Keep(NamedTuple):
     ticket: int
-    message: bytes
+    message: bytes | LargeResult
 
 
 class _Forget(NamedTuple):
@@ -70,6 +74,7 @@ class ResultStore:
         self._done_bytes = 0  # by the thread
         self._overrun = False
         self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         # The thread's alone, once it runs.
         self._own: Journal | None = None
         self._places: dict[int, tuple[Journal, int]] = {}
@@ -79,11 +84,12 @@ class ResultStore:
 
     async def open(self) -> None:
         """Adopt what is there, begin a journal, start the thread."""
+        self._loop = asyncio.get_running_loop()
         await asyncio.to_thread(self._open)
         self._thread = threading.Thread(target=self._work, name="result-store", daemon=True)
         self._thread.start()
 
-    def keep(self, message: bytes) -> int:
+    def keep(self, message: bytes | LargeResult) -> int:
         """Have a result written; returns its ticket."""
         ticket = next(self._tickets)
         if self._queued_bytes - self._done_bytes + len(message) > QUEUED_BYTES:
@@ -93,6 +99,8 @@ class ResultStore:
             return ticket
         self._overrun = False
         self._queued_bytes += len(message)
+        if not isinstance(message, bytes):
+            message.hold()
         self._queue.put(_Keep(ticket, message))
         return ticket
 
@@ -165,6 +173,7 @@ class ResultStore:
                     if message.ticket not in arrived:
                         self._write(message)
                     self._done_bytes += len(message.message)
+                    self._release(message.message)
                 elif isinstance(message, _Read):
                     _answer(message.reply, self._read(message.ticket))
                 elif isinstance(message, _Stop):
@@ -179,11 +188,16 @@ class ResultStore:
             return
         try:
             self._own.keep(kept.ticket, kept.message)
-        except OSError as error:
+        except (OSError, ArenaError) as error:
             self._failed(error)
         else:
             self._places[kept.ticket] = (self._own, kept.ticket)
             self._worked()
+
+    def _release(self, message: bytes | LargeResult) -> None:
+        if not isinstance(message, bytes) and self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed: nobody is left who could use the memory
+                self._loop.call_soon_threadsafe(message.release)
 
     def _note_arrivals(self, tickets: set[int]) -> None:
         by_journal: dict[Journal, list[int]] = {}
@@ -210,7 +224,7 @@ class ResultStore:
             log.error("a result that was kept can't be read: %s", error)
             return None
 
-    def _failed(self, error: OSError) -> None:
+    def _failed(self, error: OSError | ArenaError) -> None:
         if not self._failing:
             log.error("results are not kept on disk for now: %s", error)
         self._failing = True

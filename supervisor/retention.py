@@ -11,10 +11,14 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Final, NamedTuple
 
+from supervisor.held_output import LargeResult
+
 PACK_BYTES: Final = 64 * 1024
-"""A pack that has reached it is closed; a message of this size is a pack of its own, and not copied."""
+"""A pack that has reached it is closed; a message of this size is a pack of its own, and not copied. A large result,
+which is larger still, stays where its output lies."""
 PACK_S: Final = 1.0
 """So long after its first message a pack is closed, so that those of a slow stream are let go of in time."""
 
@@ -22,12 +26,12 @@ PACK_S: Final = 1.0
 class Sent(NamedTuple):
     """A message that went out. `ticket` is the keeper's, `key` its run's.
 
-    An event has no ticket: the number is how many are joined in `data` (transport/joined.py), 0 for one as it is.
+    An event has no ticket: the number is how many are joined in `data` (transport/messages.py), 0 for one as it is.
     """
 
     key: int
     ticket: int
-    data: bytes
+    data: bytes | LargeResult
 
 
 class Pack:
@@ -36,7 +40,7 @@ class Pack:
     __slots__ = ("_data", "ends", "keys", "opened_at", "sizes", "tickets", "times")
 
     def __init__(self, now: float) -> None:
-        self._data: bytes | bytearray = b""
+        self._data: bytes | bytearray | LargeResult = b""
         self.sizes = array("I")
         self.keys = array("Q")
         self.tickets = array("Q")
@@ -64,13 +68,13 @@ class Pack:
         """Where in the stream its last message ended, in bytes."""
         return self.ends[-1]
 
-    def add(self, key: int, ticket: int, data: bytes, position: int, now: float) -> None:
+    def add(self, key: int, ticket: int, data: bytes | LargeResult, position: int, now: float) -> None:
         size = len(data)
-        if size >= PACK_BYTES and not self.sizes:
+        if not isinstance(data, bytes) or (size >= PACK_BYTES and not self.sizes):
             self._data = data
         else:
-            if isinstance(self._data, bytes):
-                self._data = bytearray(self._data)
+            if not isinstance(self._data, bytearray):
+                self._data = bytearray()
             self._data += data
         self.sizes.append(size)
         self.keys.append(key)
@@ -79,13 +83,18 @@ class Pack:
         self.ends.append(position)
 
     def __iter__(self) -> Iterator[Sent]:
-        if isinstance(self._data, bytes):  # one that was not copied
+        if not isinstance(self._data, bytearray):  # one that was not copied
             yield Sent(self.keys[0], self.tickets[0], self._data)
             return
         view, offset = memoryview(self._data), 0
         for key, ticket, size in zip(self.keys, self.tickets, self.sizes, strict=True):
             yield Sent(key, ticket, bytes(view[offset : offset + size]))
             offset += size
+
+    def release(self) -> None:
+        """The messages are needed no more."""
+        if isinstance(self._data, LargeResult):
+            self._data.release()
 
     def without(self, unwanted: Callable[[int], bool]) -> Pack:
         """The same without the messages of the runs that are not wanted."""
@@ -101,9 +110,8 @@ class Pack:
         if not start:
             return self
         left = Pack(self.opened_at)
-        left._data = self._data[sum(self.sizes[:start]) :]
-        left.sizes, left.keys, left.tickets = self.sizes[start:], self.keys[start:], self.tickets[start:]
-        left.times, left.ends = self.times[start:], self.ends[start:]
+        for message, end, time in islice(zip(self, self.ends, self.times, strict=True), start, None):
+            left.add(*message, end, time)
         return left
 
 
@@ -116,7 +124,7 @@ class Retention:
         self.size = 0
         """Bytes of the messages that are retained."""
 
-    def add(self, key: int, ticket: int, data: bytes, position: int, now: float) -> None:
+    def add(self, key: int, ticket: int, data: bytes | LargeResult, position: int, now: float) -> None:
         """A message (see Sent) went out, and ended at `position` of the stream."""
         size = len(data)
         last = self._packs[-1] if self._packs else None

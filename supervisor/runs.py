@@ -18,6 +18,7 @@ from gen_worker.pipe.messages import CancelCause, Failure
 
 if TYPE_CHECKING:
     from supervisor.executor_handle import ExecutorHandle
+    from supervisor.input_arena import Payload
     from supervisor.wire_codec import DeltaWriter
 
 SAFE_BUSY: Final = "worker busy"
@@ -54,7 +55,7 @@ class Run:
         key: int,
         run_id: str,
         function: str,
-        payload: bytes,
+        payload: Payload,
         models: tuple[tuple[str, str], ...],
         timeout_ms: int,
         tenant_id: str,

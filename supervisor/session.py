@@ -34,7 +34,8 @@ from supervisor.redial import Redial
 from supervisor.stream_end import StreamEnd, age, description, shown
 from supervisor.targets import MalformedRedirect, redirect_target
 from supervisor.transport import StatusCode, Stream, StreamClosed, StreamStatus, Transport, Unread
-from supervisor.transport.joined import Message, count_of
+from supervisor.transport.large import LargeRequest
+from supervisor.transport.messages import Message, count_of
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Outgoing(Protocol):
 class Incoming(Protocol):
     """Where messages go to."""
 
-    def handle(self, message: bytes) -> None:
+    def handle(self, message: bytes | LargeRequest) -> None:
         """Cheap, and never raises for what a scheduler may send."""
 
     @property

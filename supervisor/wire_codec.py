@@ -12,12 +12,16 @@ from google.protobuf.message import DecodeError
 
 from gen_worker.pipe.messages import Failure
 from gen_worker.wire import worker_scheduler_pb2 as pb
-from supervisor.transport.joined import PREFIX, Joined
+from supervisor.transport.messages import PREFIX, Joined
 
 SAFE_MESSAGE_MAX_CHARS = 500
 """The protocol's limit for what end users may see."""
 SIZES_KEPT: Final = 256
 """Different sizes of deltas in one run whose surroundings are kept; some 100 bytes each."""
+
+_RUN_RESULT = b"\x12"
+_OUTPUT_PAYLOAD = b"\x1a"
+"""Tags: WorkerSchedulerMessage.run_result (2) and TaskExecutionResult.output_payload (3), both length-delimited."""
 
 
 class WireError(Exception):
@@ -45,6 +49,20 @@ def encode_result(run_id: str, output: bytes, failure: Failure | None) -> bytes:
             safe_message=failure.safe_message[:SAFE_MESSAGE_MAX_CHARS],
         )
     return pb.WorkerSchedulerMessage(run_result=result).SerializeToString()
+
+
+def encode_result_head(run_id: str, output_bytes: int) -> bytes:
+    """What goes before an output of so many bytes: both together are the message of `encode_result`."""
+    fields = pb.TaskExecutionResult(run_id=run_id, success=True).SerializeToString()
+    fields += _OUTPUT_PAYLOAD + varint(output_bytes)
+    return _RUN_RESULT + varint(len(fields) + output_bytes) + fields
+
+
+def varint(value: int) -> bytes:
+    """A length as protobuf has it."""
+    size = max(1, (value.bit_length() + 6) // 7)
+    septets = [(value >> 7 * index) & 0x7F for index in range(size)]
+    return bytes((*(septet | 0x80 for septet in septets[:-1]), septets[-1]))
 
 
 def encode_event(run_id: str, event_type: str, payload_json: bytes) -> bytes:

@@ -20,6 +20,7 @@ from supervisor.device_meter import MemoryLimits
 from supervisor.devices import Device
 from supervisor.dispatcher import FileService, Limits
 from supervisor.executor_place import ExecutorPlace
+from supervisor.input_arena import InputArena
 from supervisor.run_files import Store, Transfers
 from supervisor.session import SessionSettings
 from supervisor.settings import Settings
@@ -35,8 +36,8 @@ log = logging.getLogger(__name__)
 OTEL_REMEDY: Final = "pip install 'gen-worker[otel]'"
 
 
-def open_transport(settings: Settings) -> Transport:
-    """The transport that WORKER_GRPC_TRANSPORT names."""
+def open_transport(settings: Settings, inputs: InputArena | None = None) -> Transport:
+    """The transport that WORKER_GRPC_TRANSPORT names. Large payloads go to `inputs`, if it is given."""
     tls = None
     if settings.use_tls:
         tls = TlsFiles(
@@ -48,10 +49,10 @@ def open_transport(settings: Settings) -> Transport:
     if settings.grpc_transport == "h2":
         from supervisor.transport.h2.dial import H2Transport  # noqa: PLC0415
 
-        return H2Transport(tls)
+        return H2Transport(tls, arena=inputs)
     from supervisor.transport.grpcio import GrpcioTransport  # noqa: PLC0415
 
-    return GrpcioTransport(tls)
+    return GrpcioTransport(tls, arena=inputs)
 
 
 def open_monitoring(settings: Settings, redact: Callable[[str], str]) -> Monitoring | None:

@@ -23,6 +23,7 @@ from supervisor.executor_place import ExecutorPlace
 from supervisor.exit_codes import ExitCode
 from supervisor.family import FAMILY
 from supervisor.inbound import Inbound
+from supervisor.input_arena import InputArena
 from supervisor.model_files import HostModels
 from supervisor.model_names import ModelNames
 from supervisor.model_sizes import ModelSizes
@@ -126,6 +127,7 @@ class Worker:
             observer=observer,
         )
         self._model_files.events = self._dispatcher.news
+        inputs = InputArena()
         self._pool = Pool(
             self._probe.devices,
             init=self._init_message,
@@ -134,6 +136,7 @@ class Worker:
             events=self._dispatcher,
             on_all_closed=lambda: self._events.put_nowait("all executors are down"),
             user=place.user,
+            inputs=inputs,
             explain=self._oom.explain,
             observer=observer,
             warm_spare=settings.warm_spare,
@@ -142,7 +145,7 @@ class Worker:
         registration = Registration(settings, self._pool, self._dispatcher, self._residency, self._probe)
         self._session = Session(
             settings=session_settings(settings),
-            transport=open_transport(settings),
+            transport=open_transport(settings, inputs),
             auth=Auth(auth_settings(settings), conceal=logs.add_secrets),
             outgoing=self._dispatcher.outbox,
             incoming=Inbound(self._dispatcher, self._residency),

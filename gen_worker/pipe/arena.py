@@ -1,10 +1,11 @@
 """Shared memory beside the pipe, for payloads of a MiB and more.
 
-Owns: one memfd with one writer and one reader. Each executor inherits two of them, one per direction, so no
+Owns: one memfd with one writer. Each executor inherits two of them, one per direction, so no
 descriptor ever has to be sent, nothing has a name that could be left behind, and the kernel frees all of it with the
 last process. The file is sealed against shrinking: a reader that maps it can't be made to fault.
 
-1. The writer puts a payload into a free block (`put`) and sends the Blob in its message.
+1. The writer puts a payload into a free block (`put`, or `reserve` and `write` piece by piece) and sends the Blob in
+   its message.
 2. The reader reads or views it and sends Free(offset).
 3. The writer takes the block back (`free`) and uses it again: pages that were touched before cost no fault, which
    is most of what a fresh 64 MiB buffer costs. What is kept beyond RETAIN_BYTES goes back to the kernel.
@@ -22,8 +23,8 @@ from gen_worker.pipe.messages import Blob
 BLOB_THRESHOLD_BYTES: Final = 1024 * 1024
 """Payloads from this size on go through the arena, smaller ones in the frame."""
 
-RETAIN_BYTES: Final = 64 * 1024 * 1024
-"""Free blocks keep at most this many touched bytes."""
+RETAIN_BYTES: Final = 80 * 1024 * 1024
+"""Free blocks keep at most this many touched bytes: room for one payload of 64 MiB and what is around it."""
 
 
 class ArenaError(Exception):
@@ -47,42 +48,67 @@ class ArenaWriter:
         """Offsets of free blocks by block size: those whose pages were kept, and those that gave them back."""
         self._released: dict[int, list[int]] = {}
         self._used: dict[int, int] = {}
+        self._touched: dict[int, int] = {}
+        """How many bytes of a block have pages, at most, by its offset."""
         self._retained_bytes = 0
 
     def put(self, data: bytes | bytearray | memoryview) -> Blob:
         """Copy `data` in. Raises OSError when the kernel has no memory for it."""
         view = memoryview(data).cast("B")
-        block = 1 << (max(len(view), BLOB_THRESHOLD_BYTES) - 1).bit_length()
-        offset = self._take(block)
-        done = 0
+        blob = self.reserve(len(view))
         try:
-            while done < len(view):
-                done += os.pwrite(self._fd, view[done:], offset + done)
+            self.write(blob, 0, view)
         except OSError:
-            self.free(offset)
+            self.free(blob.offset)
             raise
-        return Blob(offset, len(view))
+        return blob
+
+    def reserve(self, size: int) -> Blob:
+        """Room for `size` bytes, to be written piece by piece. Raises OSError when the file can't grow."""
+        block = 1 << (max(size, BLOB_THRESHOLD_BYTES) - 1).bit_length()
+        offset = self._take(block)
+        self._touched[offset] = max(self._touched.get(offset, 0), size)
+        return Blob(offset, size)
+
+    def write(self, blob: Blob, position: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy `data` to `position` of a blob that was reserved. Raises OSError when there is no memory for it."""
+        if position + len(data) > blob.size:
+            raise ValueError(f"{len(data)} bytes at {position} of a blob of {blob.size}")
+        view, offset = memoryview(data), blob.offset + position
+        while view:
+            written = os.pwrite(self._fd, view, offset)
+            view = view[written:]
+            offset += written
 
     def free(self, offset: int) -> None:
         """The reader is done with the block at `offset`. Raises ArenaError when there is none."""
         block = self._used.pop(offset, None)
         if block is None:
             raise ArenaError(f"no block at offset {offset} is in use")
-        if self._retained_bytes + block > RETAIN_BYTES:
-            with mmap.mmap(self._fd, block, offset=offset) as mapped:
-                mapped.madvise(mmap.MADV_REMOVE)
-            self._released.setdefault(block, []).append(offset)
+        touched = self._touched[offset]
+        if self._retained_bytes + touched > RETAIN_BYTES:
+            del self._touched[offset]
+            self._give_back(offset, block)
         else:
-            self._retained_bytes += block
+            self._retained_bytes += touched
             self._retained.setdefault(block, []).append(offset)
 
     def close(self) -> None:
         os.close(self._fd)
 
+    def _give_back(self, offset: int, block: int) -> None:
+        """A free block's pages go to the kernel."""
+        self._remove_pages(offset, block)
+        self._released.setdefault(block, []).append(offset)
+
+    def _remove_pages(self, offset: int, size: int) -> None:
+        with mmap.mmap(self._fd, size, offset=offset) as mapped:
+            mapped.madvise(mmap.MADV_REMOVE)
+
     def _take(self, block: int) -> int:
         if retained := self._retained.get(block):
             offset = retained.pop()
-            self._retained_bytes -= block
+            self._retained_bytes -= self._touched[offset]
         elif released := self._released.get(block):
             offset = released.pop()
         else:
@@ -109,6 +135,14 @@ class ArenaReader:
         if len(data) != blob.size:
             raise ArenaError(f"read {len(data)} of a blob's {blob.size} bytes")
         return data
+
+    def read_into(self, blob: Blob, position: int, target: memoryview) -> None:
+        """Fill `target` with what is at `position` of the blob. Raises ArenaError."""
+        self._check(blob)
+        if position < 0 or position + len(target) > blob.size:
+            raise ArenaError(f"{len(target)} bytes at {position} of a blob of {blob.size}")
+        if os.preadv(self._fd, [target], blob.offset + position) != len(target):
+            raise ArenaError(f"a blob of {blob.size} bytes is cut short")
 
     def view(self, blob: Blob) -> memoryview:
         """The blob in place, valid until its Free is sent. Raises ArenaError."""

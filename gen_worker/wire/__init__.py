@@ -14,4 +14,7 @@ NOT_LEADER_PREFIX = "not_leader:"
 """Status details of a FAILED_PRECONDITION that names the scheduler to dial instead."""
 
 TRANSPORT_LIMIT_BYTES = 256 * 1024 * 1024
-"""The transport's own limit for one message: gRPC's default of 4 MiB refuses images and audio."""
+"""The transport's own limit for one payload: gRPC's default of 4 MiB refuses images and audio."""
+
+MESSAGE_LIMIT_BYTES = TRANSPORT_LIMIT_BYTES + 1024 * 1024
+"""That of the message around it."""

@@ -1,8 +1,8 @@
 """The stream to a scheduler, as the session sees it: batches of encoded messages and a status.
 
 Owns: the seam. A transport opens one bidirectional stream with metadata; messages go in and out as bytes in
-batches, since a transport's cost is per hand-over and not per byte. `grpcio.py` is the first implementation.
-Nothing above this package imports grpc.
+batches, since a transport's cost is per hand-over and not per byte; large ones, whose bytes are what costs, are not
+joined (`large.py`). `grpcio.py` is the first implementation. Nothing above this package imports grpc.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
-from supervisor.transport.joined import Message
+from supervisor.transport.large import LargeRequest
+from supervisor.transport.messages import Message
 
 
 class StatusCode(IntEnum):
@@ -99,7 +100,7 @@ class Stream(Protocol):
         message was under way. Canceled, it ends the stream, since nobody knows then what went out.
         """
 
-    async def receive(self) -> Sequence[bytes]:
+    async def receive(self) -> Sequence[bytes | LargeRequest]:
         """At least one message, and all that are here.
 
         Raises StreamClosed once the stream has ended and all that came before was received.

@@ -10,11 +10,17 @@ encodes nor decodes them.
 3. `receive` empties the inbox: one wake-up of the session for all that came meanwhile.
 4. `send` writes one message after the other. A write returns when HTTP/2 took the message, so it is known how many
    were accepted; request iterators cost the same and don't tell.
+5. grpc gives and takes a message in one piece of memory. Large ones are copied piece by piece: out of it into shared
+   memory when they come, and, in a thread, together from there when they go. What grpc itself does with one holds up
+   the loop, about 1 ms for each MiB. When none has followed for a moment malloc is asked for the memory, which it
+   would keep.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import io
 import logging
 import math
 import time
@@ -26,9 +32,11 @@ from typing import Final
 import grpc
 from grpc import aio
 
-from gen_worker.wire import METHOD, TRANSPORT_LIMIT_BYTES
+from gen_worker.wire import MESSAGE_LIMIT_BYTES, METHOD
+from supervisor.input_arena import InputArena
 from supervisor.transport import StatusCode, StreamClosed, StreamStatus, TlsFiles, Unread
-from supervisor.transport.joined import Message, apart, count_of
+from supervisor.transport.large import LARGE_BYTES, PIECE_BYTES, LargeRequest, Splitter
+from supervisor.transport.messages import LargeMessage, Message, apart, count_of
 from supervisor.transport.tls import ca_file, tls_context
 from supervisor.transport.unread import HAND_OVER_S, Stretch, estimated_round_trip, tcp_round_trip_to
 
@@ -41,9 +49,6 @@ INBOX_MESSAGES: Final = 1024
 WINDOW_BYTES: Final = 4 * 1024 * 1024
 """What the scheduler may send ahead of what the inbox took."""
 
-_MESSAGE_BYTES: Final = TRANSPORT_LIMIT_BYTES + 1024 * 1024
-"""The slack is for what surrounds a payload of the full size."""
-
 _TRAILERS_S: Final = 0.05
 """Within this time after a stream's first sign of life a message or the end comes, or those were headers only."""
 
@@ -51,12 +56,17 @@ _ROUND_TRIPS: Final = 2
 """Until a peer has spoken HTTP/2: one for TCP, one for the SETTINGS."""
 _ROUND_TRIPS_TLS: Final = 3
 
+_TRIM_BYTES: Final = 16 * 1024 * 1024
+"""After messages of this size malloc keeps what they took: 80 MiB after one of 64 MiB, 380 after one of 250."""
+_TRIM_AFTER_S: Final = 0.5
+"""Not between messages that follow each other: fresh pages cost a tenth of their rate."""
+
 _SILENCE: Final = ("ping timeout", "keepalive watchdog", "Connection timed out")
 """In the details of a stream whose peer answered no ping, or whose data was never acknowledged."""
 
 _OPTIONS: Final = (
-    ("grpc.max_send_message_length", _MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
     # With data every 10 s (the heartbeat) a server with gRPC's defaults puts up with pings at this rate.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -76,11 +86,18 @@ _OPTIONS: Final = (
 
 
 class GrpcioTransport:
-    """Opens streams through grpcio. `tls` None: plain text."""
+    """Opens streams through grpcio. `tls` None: plain text. Large payloads go to `arena`, if there is one."""
 
-    def __init__(self, tls: TlsFiles | None = None, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        tls: TlsFiles | None = None,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        *,
+        arena: InputArena | None = None,
+    ) -> None:
         self._tls = tls
         self._connect_timeout_s = connect_timeout_s
+        self._arena = arena
 
     async def open(self, target: str, metadata: Sequence[tuple[str, str]]) -> GrpcioStream:
         """See Transport.open. Certificates are read anew each time, since they get rotated."""
@@ -108,15 +125,20 @@ class GrpcioTransport:
         round_trip_s = tcp_round_trip_to(int(target.rpartition(":")[2]))
         if not round_trip_s:  # through a proxy
             round_trip_s = estimated_round_trip(dial_s, _ROUND_TRIPS if self._tls is None else _ROUND_TRIPS_TLS)
-        return GrpcioStream(channel, call, round_trip_s)
+        return GrpcioStream(channel, call, self._arena, round_trip_s)
 
 
 class GrpcioStream:
     """One call. Made by GrpcioTransport."""
 
     def __init__(
-        self, channel: aio.Channel, call: aio.StreamStreamCall[bytes, bytes], round_trip_s: float = 0.0
+        self,
+        channel: aio.Channel,
+        call: aio.StreamStreamCall[bytes, bytes],
+        arena: InputArena | None = None,
+        round_trip_s: float = 0.0,
     ) -> None:
+        self._arena = arena
         self._round_trip_s = round_trip_s
         self._stretch = Stretch(time.monotonic())
         self._ended_at = math.inf
@@ -129,8 +151,9 @@ class GrpcioStream:
         # The public read() looks at the call's state around each message, which is a twentieth of a run's latency; at
         # the end the reader asks for the status itself.
         self._receive: Callable[[], Awaitable[bytes]] = call._cython_call.receive_serialized_message  # noqa: SLF001
-        self._inbox: deque[bytes] = deque()
+        self._inbox: deque[bytes | LargeRequest] = deque()
         self._inbox_bytes = 0
+        self._trim: asyncio.TimerHandle | None = None
         self._answered = False
         self._closing = False
         self._over = False
@@ -162,8 +185,14 @@ class GrpcioStream:
             for message in apart(messages):
                 if self._call.done():
                     break
+                if not isinstance(message, bytes):
+                    message = await asyncio.to_thread(_in_memory, message)  # noqa: PLW2901
                 await self._write(message)
                 accepted += 1
+                size = len(message)
+                del message  # as large as it may be, nobody else needs it
+                if size >= _TRIM_BYTES:
+                    self._trim_later()
         except aio.BaseError:
             pass  # the status says why
         except asyncio.CancelledError:
@@ -178,7 +207,7 @@ class GrpcioStream:
             self._emptied.set()
             raise StreamClosed(await self._ended(), accepted)
 
-    async def receive(self) -> Sequence[bytes]:
+    async def receive(self) -> Sequence[bytes | LargeRequest]:
         while not self._inbox:
             if self._status is not None:
                 raise StreamClosed(self._status)
@@ -228,8 +257,13 @@ class GrpcioStream:
         try:
             await self._call.initial_metadata()  # nothing may be read before
             while (message := await self._receive()) is not aio.EOF:
-                self._inbox.append(message)
-                self._inbox_bytes += len(message)
+                size = len(message)
+                taken = message if self._arena is None or size <= LARGE_BYTES else await _split(message, self._arena)
+                del message
+                self._inbox.append(taken)
+                self._inbox_bytes += size
+                if size >= _TRIM_BYTES:
+                    self._trim_later()
                 self._answered = True
                 self._filled.set()
                 while self._is_full and not self._closing and not self._over:
@@ -247,6 +281,13 @@ class GrpcioStream:
             self._status = await self._ended()
             self._filled.set()
 
+    def _trim_later(self) -> None:
+        """A large message is done with."""
+        if self._trim is not None:
+            self._trim.cancel()
+        loop = asyncio.get_running_loop()
+        self._trim = loop.call_later(_TRIM_AFTER_S, loop.run_in_executor, None, _give_back_memory)
+
     @property
     def _is_full(self) -> bool:
         return self._inbox_bytes >= INBOX_BYTES or len(self._inbox) >= INBOX_MESSAGES
@@ -263,6 +304,30 @@ def _status(code: grpc.StatusCode, details: str | None) -> StreamStatus:
     text = details or ""
     silent = code is grpc.StatusCode.UNAVAILABLE and any(words in text for words in _SILENCE)
     return StreamStatus(StatusCode(code.value[0]), text, silent)
+
+
+async def _split(message: bytes, arena: InputArena) -> bytes | LargeRequest:
+    """A large message, taken apart piece by piece, with a turn of the loop in between."""
+    splitter, view = Splitter(len(message), arena), memoryview(message)
+    for start in range(0, len(message), PIECE_BYTES):
+        splitter.feed(view[start : start + PIECE_BYTES])
+        await asyncio.sleep(0)
+    return splitter.message()
+
+
+def _in_memory(message: LargeMessage) -> bytes:
+    """In the memory of one object, as grpc needs it. For a thread: that gives the loop its turns between the pieces."""
+    buffer = io.BytesIO()
+    for piece in message.pieces():
+        buffer.write(piece)
+    return buffer.getvalue()
+
+
+def _give_back_memory() -> None:
+    """What malloc has free."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 async def _discard(channel: aio.Channel, call: aio.StreamStreamCall[bytes, bytes]) -> None:

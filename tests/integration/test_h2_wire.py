@@ -11,12 +11,14 @@ from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
 from hyperframe.frame import DataFrame, GoAwayFrame, HeadersFrame, PingFrame, RstStreamFrame, WindowUpdateFrame
 
-from gen_worker.wire import METHOD
+from gen_worker.wire import MESSAGE_LIMIT_BYTES, METHOD
+from gen_worker.wire import worker_scheduler_pb2 as pb
+from supervisor.input_arena import InputArena
 from supervisor.transport import StatusCode, Stream, StreamClosed, StreamStatus
 from supervisor.transport.h2.dial import H2Transport
 from supervisor.transport.h2.inbox import INBOX_BYTES
-from supervisor.transport.h2.stream import FRAME_BYTES, MESSAGE_BYTES, WINDOW_BYTES
-from supervisor.transport.joined import PREFIX_BYTES, Joined, Message
+from supervisor.transport.h2.stream import FRAME_BYTES, WINDOW_BYTES
+from supervisor.transport.messages import PREFIX_BYTES, Joined, Message
 from tests.support.http2_peer import (
     ANSWER,
     OK,
@@ -31,6 +33,7 @@ from tests.support.http2_peer import (
     settings,
     window,
 )
+from tests.support.seam import plain
 from tests.support.stream_server import Dial, eventually, serving, settled
 
 DEFAULT_WINDOW = 65_535
@@ -47,7 +50,7 @@ async def until_end(stream: Stream) -> tuple[list[bytes], StreamStatus]:
     async with asyncio.timeout(10):
         while True:
             try:
-                messages += await stream.receive()
+                messages += plain(await stream.receive())
             except StreamClosed as closed:
                 return messages, closed.status
 
@@ -108,13 +111,13 @@ async def test_a_compressed_message_is_refused_after_those_before_it() -> None:
 
 async def test_a_message_that_is_too_large_is_refused_by_its_prefix() -> None:
     async with call() as (stream, peer):
-        status = await ending(peer, stream, data(struct.pack(">BL", 0, MESSAGE_BYTES + 1)))
+        status = await ending(peer, stream, data(struct.pack(">BL", 0, MESSAGE_LIMIT_BYTES + 1)))
     assert status.code is StatusCode.RESOURCE_EXHAUSTED
-    assert f"{MESSAGE_BYTES + 1} bytes" in status.details
+    assert f"{MESSAGE_LIMIT_BYTES + 1} bytes" in status.details
 
 
 async def test_a_message_that_is_too_large_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("supervisor.transport.h2.stream.MESSAGE_BYTES", 10)
+    monkeypatch.setattr("supervisor.transport.h2.stream.MESSAGE_LIMIT_BYTES", 10)
     async with call() as (stream, peer):
         with pytest.raises(StreamClosed) as caught:
             await stream.send([b"small", b"l" * 11, b"after"])
@@ -338,6 +341,28 @@ async def test_received_data_is_acknowledged_when_the_session_took_it() -> None:
             received = [*received, *await stream.receive()]
         await eventually(lambda: updates(peer)[1] > WINDOW_BYTES // 2)
         assert updates(peer)[0] - at_first[0] == updates(peer)[1] <= len(body)
+
+
+@pytest.mark.parametrize("end", ["reset", "goaway", "close", "us"])
+async def test_a_large_request_whose_rest_never_comes_frees_its_memory(end: str) -> None:
+    arena = InputArena()
+    request = pb.TaskExecutionRequest(run_id="r", function_name="f", input_payload=b"x" * 2 * 2**20)
+    body = packed(pb.WorkerSchedulerMessage(run_request=request).SerializeToString())
+    async with call(transport=H2Transport(arena=arena)) as (stream, peer):
+        peer.send(*(data(body[start : start + FRAME_BYTES]) for start in range(0, 2**20, FRAME_BYTES)))
+        await eventually(lambda: arena.writer._used)
+        if end == "reset":
+            peer.send(reset(ErrorCodes.CANCEL))
+        elif end == "goaway":
+            peer.send(goaway(0, words=b"bye"))
+        elif end == "close":
+            peer.writer.close()
+        else:
+            await stream.close()
+        messages, _ = await until_end(stream)
+        assert messages == []
+        assert not arena.writer._used
+    arena.close()
 
 
 async def test_a_message_larger_than_the_window_comes_through() -> None:

@@ -14,6 +14,7 @@ from supervisor.transport import StatusCode, StreamClosed, TlsFiles
 from supervisor.transport.grpcio import GrpcioTransport
 from tests.integration.test_transport import dialed_and_answered
 from tests.support import nginx
+from tests.support.seam import plain
 from tests.support.stream_server import Dial, serving
 from tests.support.transports import TransportFactory
 from tests.support.worker_process import WAIT_S, WorkerProcess
@@ -50,7 +51,7 @@ async def test_messages_and_the_status_pass_a_proxy(
         received: list[bytes] = []
         async with asyncio.timeout(30):
             while len(received) < len(sent):
-                received += await stream.receive()
+                received += plain(await stream.receive())
             with pytest.raises(StreamClosed) as caught:
                 await stream.receive()
         assert received == sent

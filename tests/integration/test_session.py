@@ -17,6 +17,7 @@ from supervisor.auth import KeysUnreachable, TokenRefused
 from supervisor.backoff import QUICK_S, STABLE_S, ReconnectSettings
 from supervisor.session import ANNOUNCE_GAP_S, HOLD_BACK_S, GaveUp, Session, SessionSettings
 from supervisor.transport import StatusCode, StreamStatus, Unread
+from supervisor.transport.large import LargeRequest
 from tests.support.fake_clock import FakeClock
 from tests.support.stream_server import Dial, StreamServer, eventually, serving, settled
 from tests.support.transports import TransportFactory
@@ -87,7 +88,8 @@ class Inbox:
     def stream_closed(self) -> None:
         self.streams_closed += 1
 
-    def handle(self, message: bytes) -> None:
+    def handle(self, message: bytes | LargeRequest) -> None:
+        assert isinstance(message, bytes)
         if message == b"bug":
             raise RuntimeError("a defect in the worker")
         self.messages.append(message)

@@ -16,8 +16,9 @@ from gen_worker.wire import METHOD
 from supervisor.dial_hints import hint
 from supervisor.transport import StatusCode, Stream, StreamClosed, TlsFiles, Transport
 from supervisor.transport.grpcio import INBOX_BYTES, INBOX_MESSAGES
-from supervisor.transport.joined import Joined, Message, apart, count_of
+from supervisor.transport.messages import Joined, Message, apart, count_of
 from supervisor.transport.unread import HAND_OVER_S, ROUND_TRIP_MAX_S
+from tests.support.seam import plain
 from tests.support.stream_server import Dial, eventually, serving, settled
 from tests.support.transports import TransportFactory
 
@@ -52,7 +53,7 @@ async def receive_all(stream: Stream) -> tuple[list[list[bytes]], StreamClosed]:
     batches: list[list[bytes]] = []
     while True:
         try:
-            batches.append(list(await stream.receive()))
+            batches.append(plain(await stream.receive()))
         except StreamClosed as closed:
             return batches, closed
 
@@ -76,7 +77,7 @@ async def test_messages_of_all_sizes_pass_both_ways_in_order(make_transport: Tra
         sending = asyncio.create_task(stream.send(messages))
         echoed: list[bytes] = []
         while len(echoed) < len(messages):
-            echoed += await stream.receive()
+            echoed += plain(await stream.receive())
         await sending
         assert echoed == messages
 
@@ -87,7 +88,7 @@ async def test_joined_messages_arrive_as_they_were(make_transport: TransportFact
         await stream.send(messages)
         echoed: list[bytes] = []
         while len(echoed) < count_of(messages):
-            echoed += await stream.receive()
+            echoed += plain(await stream.receive())
         assert echoed == list(apart(messages))
 
 

@@ -25,7 +25,7 @@ from hyperframe.frame import (
 
 from supervisor.transport.h2.dial import H2Transport
 from supervisor.transport.h2.stream import H2Stream
-from supervisor.transport.joined import prefix
+from supervisor.transport.messages import prefix
 from tests.support.stream_server import eventually
 
 F = TypeVar("F", bound=Frame)

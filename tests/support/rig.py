@@ -34,13 +34,14 @@ from supervisor.device_meter import MemoryLimits
 from supervisor.devices import Device, DeviceMemory
 from supervisor.dispatcher import Dispatcher, FileService, Limits
 from supervisor.executor_handle import ExecutorHandle, HandleState
+from supervisor.input_arena import InputArena
 from supervisor.model_names import ModelNames
 from supervisor.model_sizes import ModelSizes
 from supervisor.model_source import FetchProgress, LocalModel
 from supervisor.observer import Observer
 from supervisor.residency import Residency
 from supervisor.transfers.messages import ReplyT, RequestBody
-from supervisor.transport.joined import apart, count_of
+from supervisor.transport.messages import apart, count_of, in_one_piece
 
 
 @dataclass
@@ -116,6 +117,7 @@ class RecordingChild:
         on_line: Callable[[str, str], None],
         on_writable: Callable[[], None],
         on_exit: Callable[[ExitCause], None],
+        inputs: InputArena | None = None,
     ) -> None:
         self.on_frame = on_frame
         self.on_line = on_line
@@ -126,7 +128,7 @@ class RecordingChild:
         self.killed: list[str] = []
         self.last_lines: deque[str] = deque(["line 1", "line 2"])
         self.pid = 4711
-        self.arena_down = ArenaWriter(create_arena("down"))
+        self.arena_down = ArenaWriter(create_arena("down")) if inputs is None else inputs.writer
         self.arena_up = ArenaReader(create_arena("up"))
 
     def hand_over(
@@ -294,7 +296,7 @@ class Rig:
             try:
                 step.send(None)
             except StopIteration as stop:
-                found += [pb.WorkerSchedulerMessage.FromString(message) for message in apart(stop.value)]
+                found += [pb.WorkerSchedulerMessage.FromString(in_one_piece(message)) for message in apart(stop.value)]
                 outbox.accepted(count_of(stop.value))
             else:
                 step.close()

@@ -109,7 +109,7 @@ def test_a_view_can_not_be_written(writer: ArenaWriter, reader: ArenaReader) -> 
 
 
 def test_memory_beyond_what_is_retained_goes_back(writer: ArenaWriter, fd: int) -> None:
-    blobs = [writer.put(b"x" * 16 * MIB) for _ in range(8)]
+    blobs = [writer.put(b"x" * 16 * MIB) for _ in range(10)]
     assert memory_of(fd) >= 2 * RETAIN_BYTES
     for blob in blobs:
         writer.free(blob.offset)

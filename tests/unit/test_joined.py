@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supervisor.transport.joined import PREFIX_BYTES, Joined, Message, apart, count_of, wire_size
+from supervisor.transport.messages import PREFIX_BYTES, Joined, Message, apart, count_of, wire_size
 
 MESSAGES = st.lists(st.binary(max_size=300), min_size=1, max_size=12)
 

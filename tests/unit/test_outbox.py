@@ -27,7 +27,7 @@ from supervisor.outbox import (
 )
 from supervisor.retention import PACK_BYTES
 from supervisor.transport import StatusCode, StreamStatus, Unread
-from supervisor.transport.joined import PREFIX_BYTES, Joined, Message, apart, count_of
+from supervisor.transport.messages import PREFIX_BYTES, Joined, Message, apart, count_of, in_one_piece
 
 
 class Box:
@@ -45,7 +45,7 @@ class Box:
 
     def take(self) -> list[bytes]:
         """A batch that is there without waiting, each message for itself."""
-        return list(apart(take_now(self.outbox)))
+        return list(map(in_one_piece, apart(take_now(self.outbox))))
 
     def send_all(self) -> list[bytes]:
         """Hand everything over to a stream that takes it."""

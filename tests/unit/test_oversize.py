@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from gen_worker.wire import worker_scheduler_pb2 as pb
+from supervisor.held_output import LargeResult
 from supervisor.outbox import Outbox
 from supervisor.oversize import STRIKES, refuses_size
 from supervisor.transport import StatusCode, StreamStatus
+from supervisor.transport.messages import in_one_piece
 from supervisor.wire_codec import encode_result
 from tests.unit.test_outbox import Box
 
@@ -102,8 +104,8 @@ def test_the_keeper_keeps_the_failure_instead() -> None:
     kept: dict[int, bytes] = {}
 
     class Keeper:
-        def keep(self, message: bytes) -> int:
-            kept[len(kept) + 1] = message
+        def keep(self, message: bytes | LargeResult) -> int:
+            kept[len(kept) + 1] = in_one_piece(message)
             return len(kept)
 
         def forget(self, ticket: int) -> None:

@@ -15,7 +15,7 @@ from supervisor import result_store as module
 from supervisor.journal import Journal
 from supervisor.outbox import DELIVERED_S, Outbox
 from supervisor.result_store import ResultStore
-from supervisor.transport.joined import apart, count_of
+from supervisor.transport.messages import apart, count_of, in_one_piece
 
 
 async def opened(parent: Path, worker_id: str = "worker") -> ResultStore:
@@ -164,7 +164,7 @@ class Scene:
         sent: list[bytes] = []
         while self.outbox.depth:
             batch = await self.outbox.take()
-            sent += apart(batch)
+            sent += map(in_one_piece, apart(batch))
             self.outbox.accepted(count_of(batch))
         return sent
 

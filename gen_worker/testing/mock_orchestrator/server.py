@@ -26,7 +26,7 @@ from typing import Self, TypeVar
 import grpc
 import msgspec
 
-from gen_worker.wire import SERVICE, TRANSPORT_LIMIT_BYTES
+from gen_worker.wire import MESSAGE_LIMIT_BYTES, SERVICE
 from gen_worker.wire import worker_scheduler_pb2 as pb
 
 from .connection import Registration, WorkerConnection
@@ -94,7 +94,7 @@ class MockOrchestrator:
         send_headers: bool = True,
         model_config: pb.DeploymentModelConfig | None = None,
         record: bool = False,
-        message_limit: int = TRANSPORT_LIMIT_BYTES,
+        message_limit: int = MESSAGE_LIMIT_BYTES,
         options: Iterable[tuple[str, int | str]] = (),
     ) -> None:
         """Listens on `listen` (`host:port`, port 0 for a free one) once started. Raises ListenError.

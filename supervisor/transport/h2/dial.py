@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from gen_worker._version import __version__
 from gen_worker.wire import METHOD
+from supervisor.input_arena import InputArena
 from supervisor.transport import StatusCode, StreamClosed, StreamStatus, TlsFiles
 from supervisor.transport.h2.keepalive import KEEPALIVE_S, KEEPALIVE_TIMEOUT_S
 from supervisor.transport.h2.stream import H2Stream
@@ -23,7 +24,7 @@ _USER_AGENT: Final = f"gen-worker/{__version__} grpc-python-h2"
 
 
 class H2Transport:
-    """See Transport. `tls` None: plain text."""
+    """See Transport. `tls` None: plain text. Large payloads go to `arena`, if there is one."""
 
     def __init__(
         self,
@@ -32,11 +33,13 @@ class H2Transport:
         *,
         keepalive_s: float = KEEPALIVE_S,
         keepalive_timeout_s: float = KEEPALIVE_TIMEOUT_S,
+        arena: InputArena | None = None,
     ) -> None:
         self._tls = tls
         self._connect_timeout_s = connect_timeout_s
         self._keepalive_s = keepalive_s
         self._keepalive_timeout_s = keepalive_timeout_s
+        self._arena = arena
 
     async def open(self, target: str, metadata: Sequence[tuple[str, str]]) -> H2Stream:
         """See Transport.open. Certificates are read anew each time, since they get rotated."""
@@ -49,6 +52,7 @@ class H2Transport:
             _headers(target, metadata, encrypted=context is not None),
             keepalive_s=self._keepalive_s,
             keepalive_timeout_s=self._keepalive_timeout_s,
+            arena=self._arena,
         )
         try:
             async with asyncio.timeout(self._connect_timeout_s):

@@ -3,7 +3,8 @@
 Owns: the messages that wait to be received, what is here of the next one, and, once enough wait, the bytes behind them
 as they came.
 
-A message is a byte (1: compressed), its length in four, and its body; it may be split anywhere over frames. What is
+A message is a byte (1: compressed), its length in four, and its body; it may be split anywhere over frames. One that
+says that it is large is not joined but taken apart as it comes (supervisor/transport/large.py). What is
 `held` is not acknowledged to the scheduler, so that HTTP/2's window makes it wait. The bytes of a message that is not
 whole yet are not held: it may be larger than any window.
 """
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 from typing import Final
 
+from supervisor.input_arena import InputArena
 from supervisor.transport import StatusCode, StreamStatus
-from supervisor.transport.joined import PREFIX, PREFIX_BYTES
+from supervisor.transport.large import LARGE_BYTES, LargeRequest, Splitter
+from supervisor.transport.messages import PREFIX, PREFIX_BYTES
 
 INBOX_BYTES: Final = 4 * 1024 * 1024
 INBOX_MESSAGES: Final = 1024
@@ -22,17 +25,22 @@ still cut."""
 
 
 class Inbox:
-    """See the module. `max_message` is the largest body that is taken, in bytes."""
+    """See the module. `max_message` is the largest body that is taken, in bytes; without a `arena` all are joined."""
 
-    def __init__(self, max_message: int) -> None:
+    def __init__(self, max_message: int, arena: InputArena | None = None) -> None:
         self._max_message = max_message
-        self.messages: list[bytes] = []
+        self._arena = arena
+        self.messages: list[bytes | LargeRequest] = []
         self._size = 0
         """Of what waits in `messages`, with prefixes."""
         self._rest = bytearray()
         self._head = b""
         """The prefix of the next message as far as it is here."""
         self._parts: list[bytes] = []
+        self._length = 0
+        """Of the next message's body."""
+        self._large: Splitter | None = None
+        """Has what is here of that body, if it is large."""
         self._missing = -1
         """Of the next message's body; -1: its prefix is not whole."""
         self.error: StreamStatus | None = None
@@ -55,7 +63,11 @@ class Inbox:
         else:
             self._cut(data)
 
-    def take(self) -> list[bytes]:
+    def abandon(self) -> None:
+        """Nothing more is fed: what is here of a large message that is not whole goes, and none is begun any more."""
+        self._large = self._arena = None
+
+    def take(self) -> list[bytes | LargeRequest]:
         """All messages that wait. What lies behind them is cut next, and counts as waiting from then on."""
         messages, self.messages = self.messages, []
         self._size = 0
@@ -81,7 +93,10 @@ class Inbox:
             part = data[position : position + self._missing]
             position += len(part)
             self._missing -= len(part)
-            self._parts.append(part)
+            if self._large is None:
+                self._parts.append(part)
+            else:
+                self._large.feed(part)
             if not self._missing:
                 self._end_message()
 
@@ -100,14 +115,20 @@ class Inbox:
         elif length > self._max_message:
             reason = f"the scheduler sent a message of {length} bytes; {self._max_message} are taken at most"
             self.error = StreamStatus(StatusCode.RESOURCE_EXHAUSTED, reason)
-        self._missing = length
+        elif length > LARGE_BYTES and self._arena is not None:
+            self._large = Splitter(length, self._arena)
+        self._length = self._missing = length
         if not length and self.error is None:
             self._end_message()
         return stop
 
     def _end_message(self) -> None:
-        message = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        self._parts.clear()
+        message: bytes | LargeRequest
+        if self._large is not None:
+            message, self._large = self._large.message(), None
+        else:
+            message = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+            self._parts.clear()
         self._missing = -1
         self.messages.append(message)
-        self._size += PREFIX_BYTES + len(message)
+        self._size += PREFIX_BYTES + self._length

@@ -41,7 +41,8 @@ from h2.events import (
 from h2.exceptions import H2Error
 from h2.settings import SettingCodes, Settings
 
-from gen_worker.wire import TRANSPORT_LIMIT_BYTES
+from gen_worker.wire import MESSAGE_LIMIT_BYTES
+from supervisor.input_arena import InputArena
 from supervisor.transport import StatusCode, StreamClosed, StreamStatus, Unread
 from supervisor.transport.h2.connection import CallConnection
 from supervisor.transport.h2.frames import GOAWAY, BadFrame, FrameCutter, Goaway, type_of
@@ -55,15 +56,14 @@ from supervisor.transport.h2.statuses import (
     status_of_trailers,
 )
 from supervisor.transport.h2.window import Window
-from supervisor.transport.joined import Joined, Message, count_of, prefix, wire_size
+from supervisor.transport.large import PIECE_BYTES, LargeRequest
+from supervisor.transport.messages import Joined, Message, count_of, prefix, wire_size
 from supervisor.transport.unread import HAND_OVER_S, tcp_round_trip
 
 log = logging.getLogger(__name__)
 # At debug it logs every header as it encodes it, the token's among them, in plain and in Huffman's code.
 logging.getLogger("hpack").setLevel(logging.WARNING)
 
-MESSAGE_BYTES: Final = TRANSPORT_LIMIT_BYTES + 1024 * 1024
-"""The slack is for what surrounds a payload of the full size."""
 WINDOW_BYTES: Final = 4 * 1024 * 1024
 """What the scheduler may send ahead of what the session took: fills 80 MB/s over 50 ms."""
 FRAME_BYTES: Final = 256 * 1024
@@ -78,6 +78,8 @@ _STREAM: Final = 1
 _DEFAULT_WINDOW: Final = 65_535
 _WRITE_BYTES: Final = 512 * 1024
 """So much may wait for the socket before `send` waits."""
+_READ_BYTES: Final = 1024 * 1024
+"""After so much is read others get a turn of the loop: it reads 8 MiB in one, which takes 20 ms and more."""
 _UNREAD_BYTES: Final = 4 * 1024 * 1024
 """So many answers to pings and settings, unread by the peer that asks for them, end the connection."""
 _ACKNOWLEDGED_BYTES: Final = 64 * 1024
@@ -101,6 +103,7 @@ class H2Stream(asyncio.Protocol):
         *,
         keepalive_s: float = KEEPALIVE_S,
         keepalive_timeout_s: float = KEEPALIVE_TIMEOUT_S,
+        arena: InputArena | None = None,
     ) -> None:
         self._target = target
         self._headers = headers
@@ -108,7 +111,7 @@ class H2Stream(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._http = _connection()
         self._frames = FrameCutter(FRAME_BYTES)
-        self._inbox = Inbox(MESSAGE_BYTES)
+        self._inbox = Inbox(MESSAGE_LIMIT_BYTES, arena)
         self._transport: asyncio.Transport | None = None
         self._keepalive: Keepalive | None = None
         self._unacknowledged = 0
@@ -123,6 +126,8 @@ class H2Stream(asyncio.Protocol):
         self._idle_pings = 0
         self._sent_in_turn = 0
         """The same when others last had a turn of the loop by us."""
+        self._read_in_turn = 0
+        """Bytes that were read since."""
         self._sending = False
         self._writable = True
         self._spoke = False
@@ -181,6 +186,9 @@ class H2Stream(asyncio.Protocol):
         try:
             for piece in _packed(messages):
                 await self._write(piece)
+                if self._sent - self._sent_in_turn > _WRITE_BYTES:
+                    await asyncio.sleep(0)
+                    self._sent_in_turn = self._sent
             if self._sent - self._sent_in_turn > TURN_BYTES:
                 await asyncio.sleep(0)
                 self._sent_in_turn = self._sent
@@ -194,7 +202,7 @@ class H2Stream(asyncio.Protocol):
             if self._closing:
                 self._news.set()
 
-    async def receive(self) -> Sequence[bytes]:
+    async def receive(self) -> Sequence[bytes | LargeRequest]:
         await self._until(lambda: self._inbox.messages)
         messages = self._inbox.take()
         self._look_at_inbox()
@@ -299,10 +307,19 @@ class H2Stream(asyncio.Protocol):
         self._look_at_inbox()
         self._acknowledge()
         self._flush()
+        self._read_in_turn += len(data)
+        if self._read_in_turn > _READ_BYTES and self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._read_on)
         if not self._writable and self._transport is not None:
             unread = self._transport.get_write_buffer_size()
             if unread > _UNREAD_BYTES:
                 self._break(f"{self._target} reads nothing, and {unread} bytes of answers to it wait")
+
+    def _read_on(self) -> None:
+        self._read_in_turn = 0
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def _take(self, data: bytes) -> None:
         only_data = True
@@ -437,6 +454,7 @@ class H2Stream(asyncio.Protocol):
             connection = self._transport.get_extra_info("socket") if self._transport is not None else None
             if connection is not None:
                 self._round_trip_s = tcp_round_trip(connection)
+            self._inbox.abandon()
         self._news.set()
         self._room.set()
 
@@ -531,14 +549,19 @@ def _packed(messages: Sequence[Message]) -> Iterator[memoryview]:
         if isinstance(message, Joined):
             small.append(message.data)
             continue
-        if len(message) > MESSAGE_BYTES:
+        if len(message) > MESSAGE_LIMIT_BYTES:
             yield memoryview(b"".join(small))
-            reason = f"a message of {len(message)} bytes can't be sent; {MESSAGE_BYTES} are the most"
+            reason = f"a message of {len(message)} bytes can't be sent; {MESSAGE_LIMIT_BYTES} are the most"
             raise StreamClosed(StreamStatus(StatusCode.RESOURCE_EXHAUSTED, reason))
-        small += (prefix(message), message)
-        if len(message) > _JOIN_BYTES:
-            large = small.pop()
-            yield memoryview(b"".join(small))
-            yield memoryview(large)
-            small.clear()
+        small.append(prefix(message))
+        if isinstance(message, bytes) and len(message) <= _JOIN_BYTES:
+            small.append(message)
+            continue
+        yield memoryview(b"".join(small))
+        small.clear()
+        if isinstance(message, bytes):
+            view = memoryview(message)
+            yield from (view[start : start + PIECE_BYTES] for start in range(0, len(view), PIECE_BYTES))
+        else:
+            yield from (memoryview(piece) for piece in message.pieces())
     yield memoryview(b"".join(small))

@@ -1,14 +1,14 @@
-"""Messages as they lie one behind the other on the wire, each with the prefix that gRPC puts before it.
+"""What a stream is given: a message, several that are joined, or a large one that lies elsewhere.
 
-Owns: the prefix, and taking joined messages apart. Deltas come by the hundred and are small: what is joined once costs
-the outbox and the transport what one message does.
+Owns: the prefix that gRPC puts before each, and taking joined messages apart. Deltas come by the hundred and are small:
+what is joined once, as it lies on the wire, costs the outbox and the transport what one message does.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, Self
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import Final, Protocol, Self
 
 PREFIX: Final = struct.Struct(">BL")
 """A byte that says whether the message is compressed, and its length."""
@@ -16,7 +16,7 @@ PREFIX_BYTES: Final = PREFIX.size
 """It counts in the windows of HTTP/2 as the message does."""
 
 
-def prefix(message: bytes) -> bytes:
+def prefix(message: Sized) -> bytes:
     """What goes before a message."""
     return PREFIX.pack(0, len(message))
 
@@ -61,7 +61,17 @@ class Joined:
             yield position
 
 
-Message = bytes | Joined
+class LargeMessage(Protocol):
+    """An encoded message that lies elsewhere, and is read from there when it is sent."""
+
+    def __len__(self) -> int: ...
+
+    def pieces(self) -> Iterator[bytes | memoryview]:
+        """All of it in order, a piece at a time. A piece is valid until the next is asked for."""
+        ...
+
+
+Message = bytes | Joined | LargeMessage
 """What a stream is given: a message, or several in one."""
 
 
@@ -75,10 +85,15 @@ def wire_size(message: Message) -> int:
     return len(message) if isinstance(message, Joined) else PREFIX_BYTES + len(message)
 
 
-def apart(messages: Iterable[Message]) -> Iterator[bytes]:
+def apart(messages: Iterable[Message]) -> Iterator[bytes | LargeMessage]:
     """One message after the other, as they were before they were joined."""
     for message in messages:
         if isinstance(message, Joined):
             yield from message
         else:
             yield message
+
+
+def in_one_piece(message: bytes | LargeMessage) -> bytes:
+    """A message as it is encoded, wherever it lies."""
+    return message if isinstance(message, bytes) else b"".join(bytes(piece) for piece in message.pieces())
