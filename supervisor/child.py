@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 READ_BYTES: Final = 64 * 1024
 """At a time, with a turn of the loop between two: so many small events take it 15 ms."""
+BURIED_BYTES: Final = 4 * 1024
+"""What a dead child keeps of that, for a transport that still reads on its way down; what it reads is dropped."""
 LINE_BYTES: Final = 8 * 1024
 """A longer line of output is cut into several."""
 LAST_LINES: Final = 40
@@ -320,6 +322,8 @@ class Child(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()  # one that is not connected yet is aborted by _connect
         self._last_words.close()
+        # It and its owner refer to each other: what is left of both waits minutes for the garbage collector.
+        self._buffer = memoryview(bytearray(BURIED_BYTES))
         if self._inputs is None:
             self.arena_down.close()
         self.arena_up.close()

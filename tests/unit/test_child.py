@@ -18,7 +18,7 @@ import uvloop
 
 import supervisor.child as module
 from gen_worker.pipe.frames import FRAME_CAP_BYTES, FrameError
-from supervisor.child import LAST_LINES, LINE_BYTES, Child, ExitCause
+from supervisor.child import LAST_LINES, LINE_BYTES, READ_BYTES, Child, ExitCause
 
 SUPPORT = Path(__file__).parent.parent / "support"
 WAIT_S = 20.0
@@ -246,6 +246,19 @@ def test_shared_memory_of_the_child(run: Run) -> None:
 
 
 # -- the end ------------------------------------------------------------------------------------
+
+
+def test_what_a_dead_child_keeps_is_small(run: Run) -> None:
+    """Its cycle with its owner may wait long for the garbage collector, and crashes may come every few seconds."""
+
+    async def scenario() -> None:
+        async with started() as recorder:
+            assert len(recorder.child.get_buffer(-1)) == READ_BYTES
+            recorder.child.kill("the test")
+            await recorder.end()
+            assert len(recorder.child.get_buffer(-1)) <= READ_BYTES // 64
+
+    run(scenario)
 
 
 @pytest.mark.parametrize(
