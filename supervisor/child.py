@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 READ_BYTES: Final = 64 * 1024
 """At a time, with a turn of the loop between two: so many small events take it 15 ms."""
-BURIED_BYTES: Final = 4 * 1024
+BURIED_BYTES: Final = 1024
 """What a dead child keeps of that, for a transport that still reads on its way down; what it reads is dropped."""
 LINE_BYTES: Final = 8 * 1024
 """A longer line of output is cut into several."""

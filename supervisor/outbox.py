@@ -66,6 +66,8 @@ BEHIND_S: Final = 2.0
 """What a scheduler may take to read an event, and how far a rush may leave it behind: as a loaded one in Python was."""
 DELIVERED_S: Final = 60.0
 """Twice what keepalive (20 s, then 10 s for the answer) needs to notice a broken connection."""
+AT_ONCE_S: Final = 0.02
+"""A batch that took less was not waited for: the library itself takes some milliseconds at times."""
 UNREAD_S: Final = 0.25
 """A stream that took nothing for so long was not read: its window was full. One that is read takes a batch at once."""
 _OVERHEAD_BYTES: Final = 256
@@ -382,7 +384,9 @@ class Outbox:
             if not queue.transient:
                 joined, data = (data.count, data.data) if isinstance(data, Joined) else (0, data)
                 read_s = READ_S * (joined or 1) + len(data) / READ_BYTES_A_SECOND
-                self._read_at = min(max(now, self._read_at) + read_s, now + BEHIND_S)
+                # grpcio says that a message went out a little later than it did: the scheduler may have acted on it.
+                sent_at = self._taken_at if now - self._taken_at < AT_ONCE_S else now
+                self._read_at = min(max(sent_at, self._read_at + read_s), now + BEHIND_S)
                 self._events.add(queue.key, joined, data, self._position, self._read_at)
             queue.credit += item.weight
 

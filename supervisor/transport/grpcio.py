@@ -38,7 +38,7 @@ from supervisor.transport import StatusCode, StreamClosed, StreamStatus, TlsFile
 from supervisor.transport.large import LARGE_BYTES, PIECE_BYTES, LargeRequest, Splitter
 from supervisor.transport.messages import LargeMessage, Message, apart, count_of
 from supervisor.transport.tls import ca_file, tls_context
-from supervisor.transport.unread import HAND_OVER_S, Stretch, estimated_round_trip, tcp_round_trip_to
+from supervisor.transport.unread import Stretch, estimated_round_trip, tcp_round_trip_to
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ class GrpcioStream:
 
     def unread(self) -> Unread:
         ended_at = min(self._ended_at, time.monotonic())
-        return Unread(self._stretch.since(ended_at) - self._round_trip_s - HAND_OVER_S)
+        return Unread(self._stretch.since(ended_at) - self._round_trip_s)
 
     def _note_end(self) -> None:
         self._ended_at = min(self._ended_at, time.monotonic())

@@ -16,15 +16,19 @@ import stat
 import struct
 from typing import Final, Protocol
 
-HAND_OVER_S: Final = 0.005
-"""Besides the round trip: from the scheduler's socket to its program, and from this socket to `send`."""
 ROUND_TRIP_MIN_S: Final = 0.0005
 ROUND_TRIP_MAX_S: Final = 0.1
 """Bounds of a round trip that is estimated from how long it took to connect."""
 
-_TCP_INFO_RTT_OFFSET: Final = 68
-"""Of tcpi_rtt in struct tcp_info (linux/tcp.h): 8 bytes of flags and 15 numbers come before it."""
+_TCP_INFO_MIN_RTT_OFFSET: Final = 148
+"""Of tcpi_min_rtt in struct tcp_info (linux/tcp.h). tcpi_rtt is no measure: the peer's delayed acknowledgements, up to
+40 ms, are in it."""
 _MICROSECONDS: Final = struct.Struct("=I")
+_NO_SAMPLE: Final = 2**32 - 1
+PAUSE_S: Final = 0.0005
+"""What is sent after a pause of this length did not wait for what was sent before."""
+RUSH_S: Final = 0.02
+"""Messages that took less to send are no rush: a scheduler reads them as they come."""
 SLOWER: Final = 4
 """So many times as long as it took to send them a scheduler may take to read messages."""
 
@@ -38,14 +42,14 @@ class TcpInfo(Protocol):
 
 
 def tcp_round_trip(connection: TcpInfo) -> float:
-    """Seconds, smoothed, as the kernel has measured them; 0.0 when it does not say."""
-    size = _TCP_INFO_RTT_OFFSET + _MICROSECONDS.size
+    """Seconds, the least that the kernel has measured in the last minutes; 0.0 when it does not say."""
+    size = _TCP_INFO_MIN_RTT_OFFSET + _MICROSECONDS.size
     try:
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, size)
-        (microseconds,) = _MICROSECONDS.unpack_from(info, _TCP_INFO_RTT_OFFSET)
+        (microseconds,) = _MICROSECONDS.unpack_from(info, _TCP_INFO_MIN_RTT_OFFSET)
     except (OSError, struct.error):  # it is closed already, or no Linux
         return 0.0
-    return float(microseconds) / 1e6
+    return 0.0 if microseconds == _NO_SAMPLE else float(microseconds) / 1e6
 
 
 def tcp_round_trip_to(port: int) -> float:
@@ -89,11 +93,12 @@ class Stretch:
 
     def sent(self, began: float, now: float) -> None:
         """`send` took from `began` until now."""
-        if began - self._ended > self._ended - self._began:
+        if began - self._ended > PAUSE_S:
             self._began = began
         self._ended = now
 
     def since(self, now: float) -> float:
         """What went out before this has been read, if the scheduler had read all when the stretch began."""
-        caught_up = now - self._ended > SLOWER * (self._ended - self._began)
+        took_s = self._ended - self._began
+        caught_up = took_s < RUSH_S or now - self._ended > SLOWER * took_s
         return now if caught_up else self._began

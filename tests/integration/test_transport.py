@@ -17,7 +17,7 @@ from supervisor.dial_hints import hint
 from supervisor.transport import StatusCode, Stream, StreamClosed, TlsFiles, Transport
 from supervisor.transport.grpcio import INBOX_BYTES, INBOX_MESSAGES
 from supervisor.transport.messages import Joined, Message, apart, count_of
-from supervisor.transport.unread import HAND_OVER_S, ROUND_TRIP_MAX_S
+from supervisor.transport.unread import ROUND_TRIP_MAX_S
 from tests.support.seam import plain
 from tests.support.stream_server import Dial, eventually, serving, settled
 from tests.support.transports import TransportFactory
@@ -616,7 +616,7 @@ async def test_a_scheduler_that_reads_leaves_only_the_last_moment_unread(make_tr
         await stream.close()
         unread = stream.unread()
         assert not unread.saturated
-        assert asked - HAND_OVER_S - ROUND_TRIP_MAX_S < unread.since < time.monotonic()
+        assert asked - ROUND_TRIP_MAX_S < unread.since < time.monotonic()
 
 
 async def test_a_scheduler_that_does_not_read_leaves_its_windows_unread(make_transport: TransportFactory) -> None:

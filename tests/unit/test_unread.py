@@ -86,7 +86,7 @@ class TestStretch:
     def test_sends_that_follow_one_another_are_one_stretch(self) -> None:
         stretch = Stretch(0.0)
         for step in range(100):
-            stretch.sent(1 + step / 100, 1 + step / 100 + 0.009)
+            stretch.sent(1 + step / 100, 1 + step / 100 + 0.0097)
         assert stretch.since(2.0) == 1.0
 
     def test_a_send_after_a_pause_begins_another(self) -> None:
@@ -95,12 +95,20 @@ class TestStretch:
         stretch.sent(3.5, 3.6)
         assert stretch.since(3.7) == 3.5
 
+    def test_a_slow_stream_of_sends_is_none(self) -> None:
+        """However long it goes on, and whatever it began with."""
+        stretch = Stretch(0.0)
+        stretch.sent(0.0, 1.0)
+        for step in range(1000, 2000):
+            stretch.sent(1 + step / 1000, 1 + step / 1000 + 0.0001)
+        assert stretch.since(2.999_2) == 2.999_2
+
     def test_sends_with_pauses_are_none(self) -> None:
         stretch = Stretch(0.0)
         for step in range(1000):
             stretch.sent(step / 1000, step / 1000 + 0.0001)
         assert stretch.since(1.0) == 1.0
-        assert stretch.since(0.9992) == 0.999
+        assert stretch.since(0.9992) == 0.9992
 
 
 def test_the_round_trip_of_a_connection() -> None:

@@ -20,6 +20,7 @@ import asyncio
 import logging
 import math
 import ssl
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -58,7 +59,7 @@ from supervisor.transport.h2.statuses import (
 from supervisor.transport.h2.window import Window
 from supervisor.transport.large import PIECE_BYTES, LargeRequest
 from supervisor.transport.messages import Joined, Message, count_of, prefix, wire_size
-from supervisor.transport.unread import HAND_OVER_S, tcp_round_trip
+from supervisor.transport.unread import tcp_round_trip
 
 log = logging.getLogger(__name__)
 # At debug it logs every header as it encodes it, the token's among them, in plain and in Huffman's code.
@@ -218,8 +219,8 @@ class H2Stream(asyncio.Protocol):
         return self._window.peak + 2 * _WRITE_BYTES
 
     def unread(self) -> Unread:
-        ended_at = min(self._ended_at, self._loop.time())
-        late_s = max(self._round_trip_s, self._window.behind_s) + HAND_OVER_S
+        ended_at = min(self._ended_at, time.monotonic())
+        late_s = max(self._round_trip_s, self._window.behind_s)
         return Unread(ended_at - late_s, self._window.was_short(ended_at), self._window.unread)
 
     async def close(self, grace_s: float = 0.0) -> None:
@@ -249,7 +250,7 @@ class H2Stream(asyncio.Protocol):
             if not self._writable or self._http.local_flow_control_window(_STREAM) <= 0:
                 self._room.clear()
                 await self._room.wait()
-                self._window.waited(self._loop.time())
+                self._window.waited(time.monotonic())
                 continue
             position += self._fill(piece[position : position + _WRITE_BYTES])
             self._flush()
@@ -265,7 +266,7 @@ class H2Stream(asyncio.Protocol):
             http.put_data(part)
             position += len(part)
         self._sent += position
-        self._window.sent(position, self._loop.time())
+        self._window.sent(position, time.monotonic())
         return position
 
     def _flush(self) -> None:
@@ -372,7 +373,7 @@ class H2Stream(asyncio.Protocol):
 
     def _on_window(self, event: WindowUpdated) -> None:
         if event.stream_id == _STREAM:
-            self._window.opened(event.delta or 0, self._loop.time())
+            self._window.opened(event.delta or 0, time.monotonic())
 
     def _on_data(self, event: DataReceived) -> None:
         self._on_payload(bytes(event.data or b""), event.flow_controlled_length or 0)
@@ -450,7 +451,7 @@ class H2Stream(asyncio.Protocol):
         """The call has ended. The first status counts."""
         if self._status is None:
             self._status = status
-            self._ended_at = self._loop.time()
+            self._ended_at = time.monotonic()
             connection = self._transport.get_extra_info("socket") if self._transport is not None else None
             if connection is not None:
                 self._round_trip_s = tcp_round_trip(connection)
