@@ -117,7 +117,8 @@ class Dispatcher:
         self._observer = observer or Observer()
         self._loop = asyncio.get_running_loop()
         self.backlog = Backlog(self._loop.time, lambda: self._loop.call_soon(self._pump))
-        self.outbox = Outbox(self._credit, time.monotonic, self.backlog, keeper)  # a loop's clock is coarse
+        # A loop's own clock is too coarse for it.
+        self.outbox = Outbox(self._credit, time.monotonic, self.backlog, keeper, self._loop.call_soon)
         self.functions: dict[str, FunctionInfo] = {}
         """What this worker serves, as the executors said when they got ready."""
         self._active: dict[str, Run] = {}

@@ -41,6 +41,7 @@ from supervisor.oversize import Name, Oversize, refuses_size
 from supervisor.retention import Pack, Retention, Sent, messages
 from supervisor.transport import StreamStatus, Unread
 from supervisor.transport.messages import Joined, count_of, wire_size
+from supervisor.turns import Turns
 
 _Message = bytes | Joined | LargeResult
 
@@ -166,7 +167,7 @@ def _event(sent: Sent) -> _Message:
 
 
 class Outbox:
-    """See the module. `credit(key, size)` is called as a run's events go out."""
+    """See the module. `credit(key, size)` is called as a run's events go out; `call_soon` is the event loop's."""
 
     def __init__(
         self,
@@ -174,6 +175,7 @@ class Outbox:
         clock: Callable[[], float],
         backlog: Backlog | None = None,
         keeper: Keeper | None = None,
+        call_soon: Callable[[Callable[[], None]], object] = lambda call: call(),
     ) -> None:
         self._credit = credit
         self._clock = clock
@@ -191,6 +193,7 @@ class Outbox:
         """Events that went out, for the case that they were not read; each with the time by which it will have been."""
         self._read_at = -math.inf
         """The last one's."""
+        self._event_turns = Turns(call_soon, clock)
         self._again: deque[Pack] = deque()
         """Results that go out once more, before all others."""
         self._unpacked: deque[_Answer] = deque()
@@ -332,6 +335,8 @@ class Outbox:
         if status is not None and refuses_size(status):
             self._note_refusal(status, results)
         unread = unread or Unread(math.inf)
+        if unread.noticed_at < math.inf:
+            unread = replace(unread, since=min(unread.since, self._event_turns.unseen_since(unread.noticed_at)))
         if self._was_unread or (status is not None and status.silent):
             unread = replace(unread, saturated=True)
         results = self._send_events_again(self._of(events, unread), results)
@@ -386,6 +391,7 @@ class Outbox:
                 read_s = READ_S * (joined or 1) + len(data) / READ_BYTES_A_SECOND
                 # grpcio says that a message went out a little later than it did: the scheduler may have acted on it.
                 sent_at = self._taken_at if now - self._taken_at < AT_ONCE_S else now
+                self._event_turns.sent(sent_at)
                 self._read_at = min(max(sent_at, self._read_at + read_s), now + BEHIND_S)
                 self._events.add(queue.key, joined, data, self._position, self._read_at)
             queue.credit += item.weight

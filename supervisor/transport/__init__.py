@@ -7,6 +7,7 @@ joined (`large.py`). `grpcio.py` is the first implementation. Nothing above this
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -61,6 +62,8 @@ class Unread:
     """There was more for it than it took, so `since` says nothing: all may be unread, or `size` at most."""
     size: int | None = None
     """Bytes at the end of what was accepted, with gRPC's prefixes: the rest was read. None: not known."""
+    noticed_at: float = math.inf
+    """Monotonic seconds: when the end was noticed, if the scheduler or the network made it."""
 
 
 class StreamClosed(Exception):

@@ -6,8 +6,8 @@ import asyncio
 import gc
 import logging
 import tracemalloc
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pytest
 from hypothesis import strategies as st
@@ -578,6 +578,22 @@ def test_a_stream_that_ends_amid_joined_events_cuts_them_apart(box: Box, accepte
     box.outbox.stream_closed()
     assert box.send_all() == messages[accepted:]
     assert box.credits == {1: 40}
+
+
+def test_events_that_the_loop_had_not_looked_after_go_again() -> None:
+    """They were sent when the end was there already, by a process that had stood still."""
+    box, later = Box(), deque[Callable[[], None]]()
+    box.outbox = Outbox(lambda *_: None, lambda: box.now, call_soon=later.append)
+    events = [b"seen", b"unseen"]
+    for event in events:
+        box.outbox.put_event(1, event, 1)
+        box.send_all()
+        if event == b"seen":
+            while later:
+                later.popleft()()
+        box.now += 1
+    box.outbox.stream_closed(None, Unread(since=box.now, noticed_at=box.now))
+    assert box.send_all() == [b"unseen"]
 
 
 def test_joined_events_that_were_not_read_go_again(box: Box, caplog: pytest.LogCaptureFixture) -> None:

@@ -221,7 +221,8 @@ class H2Stream(asyncio.Protocol):
     def unread(self) -> Unread:
         ended_at = min(self._ended_at, time.monotonic())
         late_s = max(self._round_trip_s, self._window.behind_s)
-        return Unread(ended_at - late_s, self._window.was_short(ended_at), self._window.unread)
+        short, size = self._window.was_short(ended_at), self._window.unread
+        return Unread(ended_at - late_s, short, size, self._ended_at)
 
     async def close(self, grace_s: float = 0.0) -> None:
         try:
