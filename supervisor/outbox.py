@@ -188,7 +188,7 @@ class Outbox:
         self._places = 0
         """How many messages the batch may still get."""
         self._taken_at = 0.0
-        self._retained = Retention(DELIVERED_BYTES)
+        self._retained = Retention(DELIVERED_BYTES, press=True)
         self._events = Retention(EVENTS_BYTES)
         """Events that went out, for the case that they were not read; each with the time by which it will have been."""
         self._read_at = -math.inf
@@ -406,7 +406,7 @@ class Outbox:
 
     def _forget(self, pack: Pack) -> None:
         pack.release()
-        for ticket in pack.tickets:
+        for ticket in pack.kept():
             self._keeper.forget(ticket)
 
     def _answers(self) -> deque[_Answer]:

@@ -121,7 +121,6 @@ class _Fetch:
         self._urls = {file.path: file.url for file in snapshot.files}
         self._renewing = asyncio.Lock()
         self._slots = asyncio.Semaphore(FILES_AT_ONCE)
-        self._downloaded: list[str] = []
 
     async def run(self) -> Record:
         snapshot, store = self._snapshot, self._store
@@ -170,7 +169,6 @@ class _Fetch:
                 # Again when the blob, to which nothing links yet, was just removed to make room.
                 while not await asyncio.to_thread(self._stage, place):
                     await download(self._source, file, target, on_bytes)
-                    self._downloaded.append(file.blake3)
 
     def _stage(self, place: RemoteFile) -> bool:
         with locked_now(self._store.store_lock, shared=True):
@@ -194,7 +192,6 @@ class _Fetch:
             shutil.rmtree(store.staging / self._snapshot.digest, ignore_errors=True)
             for digest in digests:
                 remove_part(store.blob(digest))
-            for digest in self._downloaded:
-                blob = store.blob(digest)
+                blob = store.blob(digest)  # whole, but not linked to its place when another one failed
                 if blob.exists() and blob.stat().st_nlink == 1:
                     blob.unlink()

@@ -63,7 +63,8 @@ class Unread:
     size: int | None = None
     """Bytes at the end of what was accepted, with gRPC's prefixes: the rest was read. None: not known."""
     noticed_at: float = math.inf
-    """Monotonic seconds: when the end was noticed, if the scheduler or the network made it."""
+    """Monotonic seconds: when it was noticed that the connection is gone, which a process that stands still is late
+    for. Infinity: the scheduler said that it ends the stream, or it is not known."""
 
 
 class StreamClosed(Exception):

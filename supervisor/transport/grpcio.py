@@ -225,7 +225,7 @@ class GrpcioStream:
 
     def unread(self) -> Unread:
         ended_at = min(self._ended_at, time.monotonic())
-        return Unread(self._stretch.since(ended_at) - self._round_trip_s, noticed_at=self._ended_at)
+        return Unread(self._stretch.since(ended_at) - self._round_trip_s)
 
     def _note_end(self) -> None:
         self._ended_at = min(self._ended_at, time.monotonic())

@@ -123,6 +123,8 @@ class H2Stream(asyncio.Protocol):
         self._round_trip_s = 0.0
         """As it was when the call ended."""
         self._ended_at = math.inf
+        self._gone_at = math.inf
+        """The same, if the connection was found to be gone: a peer that says that it ends the call was there."""
         self._sent_at_ping = 0
         self._idle_pings = 0
         self._sent_in_turn = 0
@@ -222,7 +224,7 @@ class H2Stream(asyncio.Protocol):
         ended_at = min(self._ended_at, time.monotonic())
         late_s = max(self._round_trip_s, self._window.behind_s)
         short, size = self._window.was_short(ended_at), self._window.unread
-        return Unread(ended_at - late_s, short, size, self._ended_at)
+        return Unread(ended_at - late_s, short, size, self._gone_at)
 
     async def close(self, grace_s: float = 0.0) -> None:
         try:
@@ -453,6 +455,8 @@ class H2Stream(asyncio.Protocol):
         if self._status is None:
             self._status = status
             self._ended_at = time.monotonic()
+            if self._broken and not self._farewell:
+                self._gone_at = self._ended_at
             connection = self._transport.get_extra_info("socket") if self._transport is not None else None
             if connection is not None:
                 self._round_trip_s = tcp_round_trip(connection)
