@@ -13,6 +13,7 @@ side and feeds the Service.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -61,6 +62,7 @@ class Reader:
             self._read()
 
     def _read(self) -> None:
+        pid = os.getpid()
         try:
             while True:
                 frames = self._link.receive()
@@ -68,7 +70,7 @@ class Reader:
                     self._before_ready(frames)
                     continue
                 work = self.service.handle(frames)
-                if work is not None and not self._relief.covers(work):
+                if work is not None and (not self._relief.covers(work) or os.getpid() != pid):
                     return
         except EOFError:
             self._departure.pipe_closed()
@@ -127,8 +129,10 @@ class Relief:
             with suppress(IndexError):  # it has seen for itself
                 self._asleep.pop().release()
         elif self._thread is None:
-            self._thread = threading.Thread(target=self._watch, name="pipe-relief", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._watch, name="pipe-relief", daemon=True)
+            with suppress(RuntimeError):  # no thread to be had now
+                thread.start()
+                self._thread = thread
         work()
         try:
             self._unread.remove(mine)

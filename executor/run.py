@@ -33,7 +33,7 @@ from gen_worker.pipe.messages import CancelCause, Failure, Payload, Result, Run,
 from gen_worker.signature import FunctionSpec
 from gen_worker.types import Asset
 
-_MAKING: Final = threading.Lock()
+_MAKING: Final = threading.RLock()
 """Held while a run's events or files are made, so that all of its threads get the same ones."""
 
 
@@ -90,9 +90,10 @@ class ActiveRun:
     def events(self) -> EventStream:
         """What it emits."""
         if self._events is None:
+            made = EventStream(self.message.key, self.message.window, self._send)
             with _MAKING:
                 if self._events is None:
-                    self._events = EventStream(self.message.key, self.message.window, self._send)
+                    self._events = made
             # Who cancels or answers stores that and then looks for events, this the other way round: one sees both.
             if self.cause is not None:
                 self._events.cancel()
@@ -104,9 +105,10 @@ class ActiveRun:
     def files(self) -> RunFiles:
         """What it has fetched and stored."""
         if self._files is None:
+            made = RunFiles(self.message.key, self._store, self._send)
             with _MAKING:
                 if self._files is None:
-                    self._files = RunFiles(self.message.key, self._store, self._send)
+                    self._files = made
             if self.cause is not None:
                 self._files.cancel()
         return self._files

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextvars import Context
 from functools import partial
 from typing import Any, Final
 
@@ -124,7 +125,7 @@ class Service:
         if self._for_threads:
             runs, self._for_threads = self._for_threads, []
             if len(runs) == 1 and self._may_stay(runs[0]):
-                work = partial(self._run_timed, runs[0])
+                work = partial(Context().run, self._run_timed, runs[0])
             else:
                 self._pool.submit(runs)
         if self._for_loop:
@@ -144,8 +145,9 @@ class Service:
         run.tiny = self._tiny.is_short(name)
         self._runner.run_in_thread(run)
         seconds = time.perf_counter() - begin
-        self._brief.note(name, seconds)
-        self._tiny.note(name, seconds)
+        if run.context is not None:  # else its function was not called: paused, refused, canceled
+            self._brief.note(name, seconds)
+            self._tiny.note(name, seconds)
 
     # -- runs ---------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ def reading_straight(
     started = time.perf_counter()
     with WeightReader(device, stream=stream) as reader, contextlib.ExitStack() as stack:
         seam = _Seam(reader, dtype)
-        names = [name for name, exchange in _EXCHANGES.items() if _is_known(name) and exchange(seam, stack)]
+        names = [name for name, exchange in _EXCHANGES.items() if _exchanged(name, exchange, seam, stack)]
         yield reader
     seconds = time.perf_counter() - started
     log.debug("%s: %d bytes of %s read in %.3f s", root, reader.read_bytes, " and ".join(names), seconds)
@@ -184,6 +184,16 @@ _EXCHANGES: Final[dict[str, Callable[[_Seam, contextlib.ExitStack], bool]]] = {
 def _exchange(place: ModuleType, name: str, value: Any, stack: contextlib.ExitStack) -> None:
     stack.callback(setattr, place, name, getattr(place, name))
     setattr(place, name, value)
+
+
+def _exchanged(
+    library: str, exchange: Callable[[_Seam, contextlib.ExitStack], bool], seam: _Seam, stack: contextlib.ExitStack
+) -> bool:
+    try:
+        return _is_known(library) and exchange(seam, stack)
+    except Exception as error:  # noqa: BLE001  # importing it may raise anything, and the model may not need it
+        log.warning("%s reads its weights itself: %r", library, error)
+        return False
 
 
 def _is_known(library: str) -> bool:

@@ -503,7 +503,10 @@ class ExecutorHandle:
         self._took_slot()
         if self._inputs is not None:
             for offset in self._given:
-                self._inputs.writer.free(offset)
+                try:
+                    self._inputs.writer.free(offset)
+                except (ArenaError, OSError):  # whatever it is, the runs must be answered
+                    log.exception("executor %s: its block at %d of the inputs is lost", self.name, offset)
         self._given.clear()
         self._output.say_left_out()
         self._events.executor_died(self, cause)

@@ -100,6 +100,7 @@ class InputArena:
 
     def __init__(self) -> None:
         fd = create_arena("inputs")
+        os.fchmod(fd, 0o400)  # another user could open it for writing through /proc otherwise
         self.writer: ArenaWriter = _Writer(fd)
         self.reader = ArenaReader(fd)
         self.read_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)

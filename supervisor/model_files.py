@@ -21,6 +21,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Final
 
 from gen_worker.model_refs import ParsedModelRef, canonical_name, parse_model_ref
 from gen_worker.pipe.messages import Failure
@@ -34,6 +35,9 @@ from supervisor.transfers.messages import FetchModel, ListModels, ModelFiles, Mo
 from supervisor.transfers.snapshots import RECORDS
 
 log = logging.getLogger(__name__)
+
+LIST_AGAIN_S: Final = 1.0
+"""Until models are listed again when that failed and more had changed meanwhile."""
 
 
 class HostModels:
@@ -262,6 +266,9 @@ class HostModels:
             listed = await self._transfers.call(ListModels(), ModelList)
         except TransferError as error:
             log.error("what models are on disk is not known: %s", error)
+            if self._list_again:
+                self._list_again = False
+                asyncio.get_running_loop().call_later(LIST_AGAIN_S, self._list_soon)
             return
         fresh = [model for model in listed.models if self._is_news(model)]
         for model in fresh:

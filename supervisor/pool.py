@@ -102,7 +102,9 @@ class Pool:
         self._loop = asyncio.get_running_loop()
         self._spawning: set[asyncio.Task[None]] = set()
         self._stopping = False
-        self._spare = Spare(devices, init=init, env=env, user=user, wanted=self._all_serve) if warm_spare else None
+        self._spare = None
+        if warm_spare:
+            self._spare = Spare(devices, init=init, env=env, user=user, wanted=self._all_serve, inputs=inputs)
         self._empty = asyncio.Event()
         self.last_failure = ""
         """Why the last slot was closed, in one line."""

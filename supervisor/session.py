@@ -353,6 +353,7 @@ class Session:
             link.got_message = True
             for message in messages:
                 handle(message)
+            messages, message = (), b""  # a large payload that was refused goes now
             if self._incoming.full:
                 await self._until_room(link)
 

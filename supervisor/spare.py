@@ -25,6 +25,7 @@ from supervisor.child import Child, ExitCause
 from supervisor.devices import Device
 from supervisor.executor_handle import LEAVE_S
 from supervisor.executor_user import ExecutorUser
+from supervisor.input_arena import InputArena
 from supervisor.output_log import OutputLog
 from supervisor.respawn import Respawn
 
@@ -55,7 +56,9 @@ class Spare:
         env: Callable[[Device], Mapping[str, str]],
         user: ExecutorUser | None,
         wanted: Callable[[], bool],
+        inputs: InputArena | None = None,
     ) -> None:
+        self._inputs = inputs
         self._devices = devices
         self._init = init
         self._env = env
@@ -132,6 +135,7 @@ class Spare:
             on_line=output.line,
             on_writable=lambda: None,
             on_exit=lambda cause: self._on_exit(child, cause),
+            inputs=self._inputs,
         )
         device = self._devices[0]
         init = msgspec.structs.replace(self._init(NO_SLOT, device), spare=True)
@@ -139,6 +143,7 @@ class Spare:
         self._fatal = ""
         self._child = child
         self._living.add(child)
+        self._all_gone.clear()
         try:
             await child.spawn("executor", [], {**self._env(device), **ASK_NVML}, init.project_root, self._user)
         except (OSError, ValueError) as error:

@@ -261,6 +261,7 @@ class GrpcioStream:
                 taken = message if self._arena is None or size <= LARGE_BYTES else await _split(message, self._arena)
                 del message
                 self._inbox.append(taken)
+                del taken
                 self._inbox_bytes += size
                 if size >= _TRIM_BYTES:
                     self._trim_later()

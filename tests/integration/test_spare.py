@@ -38,6 +38,7 @@ VISIBLE_AT_IMPORT = os.environ.get("CUDA_VISIBLE_DEVICES")
 
 class Hold(msgspec.Struct):
     until: str = ""
+    data: bytes = b""
 
 
 class Found(msgspec.Struct):
@@ -135,6 +136,30 @@ async def test_the_spare_serves_the_slot_of_the_dead(two: Chain, tmp_path: Path)
     assert [(executor.name, executor.pid) for executor in after.executors][1] == ("1.1", spare)
     assert after.spare is not None
     assert after.spare.pid == second
+
+
+async def test_a_spare_that_dies_with_a_large_payload_costs_only_its_runs(project: Path, tmp_path: Path) -> None:
+    """What it was given lies in memory that all executors share: its own goes back, and nobody else's."""
+    data = os.urandom(2 * 2**20)
+    async with spares(project) as worker:
+        spare = await parked_pid(worker)
+        os.kill(worker.worker.executors()[0].pid, signal.SIGKILL)
+        await worker.worker.wait_for_log("executor 0.1 is the spare")
+        assert (await worker.call("look", {"data": data}))["pid"] == spare
+        second = await parked_pid(worker, 2)
+        os.kill(spare, signal.SIGSTOP)  # so that the payload is still its own when it dies
+        doomed = await worker.run("look", {"data": data})
+
+        async def is_given() -> bool:
+            return any(run.executor == "0.1" for run in (await status_of(worker)).runs)
+
+        while not await is_given():
+            pass
+        os.kill(spare, signal.SIGKILL)
+        result = await doomed.result(WAIT_S)
+        assert (result.error_type, result.safe_message) == ("retryable", "worker process crashed")
+        assert (await worker.call("look", {"data": data}))["pid"] == second
+        assert not worker.worker.lines("of the inputs is lost")
 
 
 async def test_what_runs_on_the_loop_has_its_priority_back(project: Path) -> None:
