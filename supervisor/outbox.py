@@ -305,7 +305,8 @@ class Outbox:
         now = self._clock()
         gone, left = _split(taken, count)
         if left:
-            self._was_unread = now - self._taken_at >= UNREAD_S
+            # A short wait says nothing while nothing has gone out since a long one.
+            self._was_unread = now - self._taken_at >= UNREAD_S or (self._was_unread and not gone)
             self._refused = left[0].answer
         for item in gone:
             self._went_out(item, now)

@@ -580,6 +580,20 @@ def test_a_stream_that_ends_amid_joined_events_cuts_them_apart(box: Box, accepte
     assert box.credits == {1: 40}
 
 
+def test_a_batch_that_is_refused_twice_proves_nothing_delivered(box: Box) -> None:
+    """It was stuck for a minute, and was not when it was tried once more: what went out before it is as doubtful."""
+    box.outbox.put_result(1, b"result")
+    box.send_all()
+    box.outbox.put_control(b"stuck")
+    box.take()
+    box.now += DELIVERED_S + 1
+    box.outbox.accepted(0)
+    box.take()
+    box.outbox.accepted(0)
+    box.outbox.stream_closed()
+    assert b"result" in box.send_all()
+
+
 def test_events_that_the_loop_had_not_looked_after_go_again() -> None:
     """They were sent when the end was there already, by a process that had stood still."""
     box, later = Box(), deque[Callable[[], None]]()
