@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import aiohttp
 
@@ -29,6 +29,8 @@ from supervisor.transfers.messages import RetrySettings
 from supervisor.transfers.part_file import PartFile
 from supervisor.transfers.retries import Transient, with_retries
 from supervisor.transfers.snapshots import RemoteFile
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -62,19 +64,29 @@ async def download(source: Source, file: RemoteFile, target: Path, on_bytes: Cal
     WorkerError, OSError.
     """
     part = PartFile(target)
-    while not await asyncio.to_thread(part.try_open):  # noqa: ASYNC110  (it is another process that we wait for)
-        await asyncio.sleep(POLL_S)
     try:
+        while not await _to_its_end(part.try_open):  # noqa: ASYNC110  (it is another process that we wait for)
+            await asyncio.sleep(POLL_S)
         if await asyncio.to_thread(target.exists):
             part.remove()
             on_bytes(file.size_bytes)
             return
-        await asyncio.to_thread(part.adopt, file.size_bytes)
+        await _to_its_end(part.adopt, file.size_bytes)
         if part.offset:
             log.info("%s of %s is resumed at %d of %d bytes", file.path, source.whose, part.offset, file.size_bytes)
         await _Download(source, file, part, on_bytes).run()
     finally:
         part.close()
+
+
+async def _to_its_end(call: Callable[..., T], *arguments: object) -> T:
+    """Call it in a thread. Canceled, wait for the thread first: it would go on with a file that others clean up."""
+    work = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise
 
 
 class _Download:
@@ -99,7 +111,7 @@ class _Download:
                 if self._part.digest != self._file.blake3:
                     digests = f"blake3 is {self._part.digest}, the manifest says {self._file.blake3}"
                     raise _Mismatch(f"{self._what} is corrupt: {digests}")  # noqa: TRY301
-                await asyncio.to_thread(self._part.finish)
+                await _to_its_end(self._part.finish)
                 break
             except _Mismatch as error:
                 self._restart()

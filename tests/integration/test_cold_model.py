@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def worker(hub: DevHub, cache: Path) -> AsyncIterator[Chain]:
+    async with worker_with(hub, cache) as found:
+        yield found
+
+
+@asynccontextmanager
+async def worker_with(hub: DevHub, cache: Path) -> AsyncIterator[Chain]:
     env = {
         "COZY_HUB_URL": hub.url,
         "COZY_HUB_TOKEN": TOKEN,
@@ -225,13 +232,13 @@ async def test_what_the_deployment_names_is_fetched_before_it_is_asked_for(worke
     await worker.orchestrator.configure_models([])
 
 
-async def test_a_drain_waits_for_no_download(worker: Chain, hub: DevHub) -> None:
-    """Last: it ends the worker."""
+async def test_a_drain_waits_for_no_download(hub: DevHub, tmp_path: Path) -> None:
     hub.on_request = lambda asked: Answer(hang=True) if "org/fourth" in asked.path else None
     count = len(hub.requests("org/fourth"))
-    waiting = await worker.run("use", {"model": "org/fourth"})
-    await eventually(lambda: bool(hub.requests("org/fourth")[count:]))
-    worker.worker.signal(signal.SIGTERM)
-    result = await waiting.result(WAIT_S)
-    assert (result.error_type, result.retryable, result.safe_message) == ("retryable", True, "worker busy")
-    assert await worker.worker.exit_code() == 0
+    async with worker_with(hub, tmp_path) as worker:
+        waiting = await worker.run("use", {"model": "org/fourth"})
+        await eventually(lambda: bool(hub.requests("org/fourth")[count:]))
+        worker.worker.signal(signal.SIGTERM)
+        result = await waiting.result(WAIT_S)
+        assert (result.error_type, result.retryable, result.safe_message) == ("retryable", True, "worker busy")
+        assert await worker.worker.exit_code() == 0
