@@ -8,7 +8,7 @@ side and feeds the Service.
    longer than such a run does.
 3. Nobody reads meanwhile. So a relief thread looks every TICK_S, and when a run has been on the reader since its last
    look, another thread becomes the reader; the one that has the run ends with it. A cancel is thus read within two
-   ticks, whatever the function does.
+   ticks, unless the function holds the interpreter: then nothing here reads it, and the supervisor ends the process.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class Reader:
                     continue
                 work = self.service.handle(frames)
                 if work is not None and (not self._relief.covers(work) or os.getpid() != pid):
-                    return
+                    return  # another thread reads, or the function forked and this is the child
+                del frames, work  # an idle reader keeps nothing of the last run
         except EOFError:
             self._departure.pipe_closed()
         except OSError as error:

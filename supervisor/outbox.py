@@ -41,6 +41,7 @@ from supervisor.oversize import Name, Oversize, refuses_size
 from supervisor.retention import Pack, Retention, Sent, messages
 from supervisor.transport import StreamStatus, Unread
 from supervisor.transport.messages import Joined, count_of, wire_size
+from supervisor.transport.unread import RUSH_S
 from supervisor.turns import Turns
 
 _Message = bytes | Joined | LargeResult
@@ -67,8 +68,6 @@ BEHIND_S: Final = 2.0
 """What a scheduler may take to read an event, and how far a rush may leave it behind: as a loaded one in Python was."""
 DELIVERED_S: Final = 60.0
 """Twice what keepalive (20 s, then 10 s for the answer) needs to notice a broken connection."""
-AT_ONCE_S: Final = 0.02
-"""A batch that took less was not waited for: the library itself takes some milliseconds at times."""
 UNREAD_S: Final = 0.25
 """A stream that took nothing for so long was not read: its window was full. One that is read takes a batch at once."""
 _OVERHEAD_BYTES: Final = 256
@@ -268,7 +267,7 @@ class Outbox:
         """The next batch; waits until there is one. A batch that `accepted` did not follow is taken again."""
         if self._taken:
             self.accepted(0)
-        while not self._waits_for_turn:
+        while not self._has_waiting:
             self._wake.clear()
             await self._wake.wait()
         self._just_closed = 0
@@ -290,7 +289,7 @@ class Outbox:
 
     async def flushed(self) -> None:
         """Wait until everything that was put is handed over."""
-        while self._taken or self._waits_for_turn:
+        while self._taken or self._has_waiting:
             self._handed_over.clear()
             await self._handed_over.wait()
 
@@ -371,7 +370,7 @@ class Outbox:
     # -- inside -------------------------------------------------------------------------------
 
     @property
-    def _waits_for_turn(self) -> bool:
+    def _has_waiting(self) -> bool:
         """Whether there is anything to take."""
         return bool(self._urgent or self._turns or self._again or self._unpacked)
 
@@ -391,7 +390,7 @@ class Outbox:
                 joined, data = (data.count, data.data) if isinstance(data, Joined) else (0, data)
                 read_s = READ_S * (joined or 1) + len(data) / READ_BYTES_A_SECOND
                 # grpcio says that a message went out a little later than it did: the scheduler may have acted on it.
-                sent_at = self._taken_at if now - self._taken_at < AT_ONCE_S else now
+                sent_at = self._taken_at if now - self._taken_at < RUSH_S else now
                 self._event_turns.sent(sent_at)
                 self._read_at = min(max(sent_at, self._read_at + read_s), now + BEHIND_S)
                 self._events.add(queue.key, joined, data, self._position, self._read_at)

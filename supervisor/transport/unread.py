@@ -28,7 +28,7 @@ _NO_SAMPLE: Final = 2**32 - 1
 PAUSE_S: Final = 0.0005
 """What is sent after a pause of this length did not wait for what was sent before."""
 RUSH_S: Final = 0.02
-"""Messages that took less to send are no rush: a scheduler reads them as they come."""
+"""Messages that took less to send are no rush, and were not waited for: a library takes some milliseconds at times."""
 SLOWER: Final = 4
 """So many times as long as it took to send them a scheduler may take to read messages."""
 

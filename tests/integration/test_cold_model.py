@@ -1,6 +1,6 @@
 """Cold models through the whole chain: hub, transfer process, supervisor, executor, run, and what is said on the way.
 
-One worker with one simulated GPU that has room for two of the models, and a disk budget that has room for three.
+A worker with one simulated GPU that has room for two of the models, and a disk budget that has room for three.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ from tests.support.dev_hub import DevHub
 from tests.support.faulty_server import Answer, Asked
 from tests.support.worker_process import WAIT_S, Chain, chain, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
-
 TOKEN = "the-hub-token-of-the-cold-models"
 MIB = 2**20
 WEIGHTS = 4 * MIB
@@ -38,7 +35,7 @@ def ref(name: str) -> str:
     return f"cozy:org/{name}:latest"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def hub() -> Iterator[DevHub]:
     with DevHub(token=TOKEN) as hub:
         for number, name in enumerate(NAMES):
@@ -46,25 +43,13 @@ def hub() -> Iterator[DevHub]:
         yield hub
 
 
-@pytest.fixture(autouse=True)
-def _obedient(hub: DevHub) -> Iterator[None]:
-    yield
-    hub.on_request = lambda _: None
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture
 async def worker(hub: DevHub, cache: Path) -> AsyncIterator[Chain]:
-    async with worker_with(hub, cache) as found:
-        yield found
-
-
-@asynccontextmanager
-async def worker_with(hub: DevHub, cache: Path) -> AsyncIterator[Chain]:
     env = {
         "COZY_HUB_URL": hub.url,
         "COZY_HUB_TOKEN": TOKEN,
@@ -160,7 +145,7 @@ async def test_a_cold_model_comes_although_its_transfer_process_is_killed(worker
 
 
 async def test_others_leave_the_device_for_it_and_the_disk_when_nobody_uses_them(worker: Chain) -> None:
-    for name in ("second", "third"):
+    for name in ("first", "second", "third"):
         await worker.call("use", {"model": f"org/{name}"})
     await eventually(lambda: said(worker) == (refs("second", "third"), refs("first")))
     using = await worker.started("use", {"model": "org/second", "seconds": 60})
@@ -199,7 +184,7 @@ async def test_a_hub_that_hangs_holds_nobody_else_up(worker: Chain, hub: DevHub)
     assert (await canceled.result(WAIT_S)).error_type == "canceled"
 
 
-async def test_commands_fetch_load_and_unload(worker: Chain, hub: DevHub) -> None:
+async def test_commands_fetch_load_and_unload(worker: Chain) -> None:
     loaded = await worker.orchestrator.load_model("org/first")
     assert (loaded.success, loaded.error_message) == (True, "")
     await eventually(lambda: ref("first") in said(worker)[0])
@@ -210,10 +195,12 @@ async def test_commands_fetch_load_and_unload(worker: Chain, hub: DevHub) -> Non
 
 
 async def test_what_another_worker_removes_from_the_shared_disk_is_told_at_once(worker: Chain, cache: Path) -> None:
+    assert (await worker.orchestrator.load_model("org/first")).success
+    assert (await worker.orchestrator.unload_model("org/first")).success
+    await eventually(lambda: ref("first") in said(worker)[1])
     store = Store(str(cache))
     record = store.record(ref("first"))
     assert record is not None
-    assert ref("first") in said(worker)[1]
     assert store.remove_snapshot(record.snapshot) == (ref("first"),)
     await eventually(lambda: ref("first") not in said(worker)[1])
     assert ref("first") not in (await shown(worker))[0]
@@ -229,16 +216,13 @@ async def test_what_the_deployment_names_is_fetched_before_it_is_asked_for(worke
     assert {each["stage"] for each in progress_of(run)} == {"load"}
     refused = await worker.result("use", {"model": "org/second"})
     assert (refused.error_type, refused.safe_message) == ("validation", "model not allowed")
-    await worker.orchestrator.configure_models([])
 
 
-async def test_a_drain_waits_for_no_download(hub: DevHub, tmp_path: Path) -> None:
+async def test_a_drain_waits_for_no_download(worker: Chain, hub: DevHub) -> None:
     hub.on_request = lambda asked: Answer(hang=True) if "org/fourth" in asked.path else None
-    count = len(hub.requests("org/fourth"))
-    async with worker_with(hub, tmp_path) as worker:
-        waiting = await worker.run("use", {"model": "org/fourth"})
-        await eventually(lambda: bool(hub.requests("org/fourth")[count:]))
-        worker.worker.signal(signal.SIGTERM)
-        result = await waiting.result(WAIT_S)
-        assert (result.error_type, result.retryable, result.safe_message) == ("retryable", True, "worker busy")
-        assert await worker.worker.exit_code() == 0
+    waiting = await worker.run("use", {"model": "org/fourth"})
+    await eventually(lambda: bool(hub.requests("org/fourth")))
+    worker.worker.signal(signal.SIGTERM)
+    result = await waiting.result(WAIT_S)
+    assert (result.error_type, result.retryable, result.safe_message) == ("retryable", True, "worker busy")
+    assert await worker.worker.exit_code() == 0

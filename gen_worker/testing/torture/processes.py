@@ -70,7 +70,7 @@ class WorkerProcess:
         self._cwd = cwd.resolve()
         self._cwd_is_ours = cwd_is_ours
         # A worker's environment is its operator's, whose settings for models and stores must reach a tenant's project.
-        self._env = {**os.environ, **overrides}  # noqa: TID251
+        self._env = {**os.environ, **overrides}  # noqa: TID251  (the worker gets what this process has)
         self.log_file = log_file
         self._seen: dict[int, psutil.Process] = {}
         self._lingers: dict[int, float] = {}

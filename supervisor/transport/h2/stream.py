@@ -314,7 +314,7 @@ class H2Stream(asyncio.Protocol):
         self._read_in_turn += len(data)
         if self._read_in_turn > _READ_BYTES and self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
-            asyncio.get_running_loop().call_soon(self._read_on)
+            self._loop.call_soon(self._read_on)
         if not self._writable and self._transport is not None:
             unread = self._transport.get_write_buffer_size()
             if unread > _UNREAD_BYTES:
