@@ -20,10 +20,9 @@ from gen_worker.injection import configure_runtime_loaders
 from gen_worker.modules import find_modules, import_modules, import_roots
 from gen_worker.pipe.messages import PIPE_PROTOCOL, Fatal, FunctionInfo, Init, InjectionInfo, Ready
 from gen_worker.signature import FunctionSpec, collect_functions
-from gen_worker.torch_build import cuda_version
+from gen_worker.torch_build import cuda_version, torch_version
 
 _DISTRIBUTIONS: Final = {
-    "torch": ("torch",),
     "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
     "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
 }
@@ -75,10 +74,8 @@ def installed_versions() -> dict[str, str]:
         found = next(filter(None, map(_version, distributions)), None)
         if found is not None:
             versions[name] = found
-    cuda = cuda_version()
-    if cuda is not None:
-        versions["cuda"] = cuda
-    return versions
+    of_torch = {"torch": torch_version(), "cuda": cuda_version()}
+    return versions | {name: version for name, version in of_torch.items() if version is not None}
 
 
 def _version(distribution: str) -> str | None:

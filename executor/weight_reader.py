@@ -119,7 +119,8 @@ class WeightsFile:
         while views:
             got = os.preadv(self._fd, views, start)
             if got == 0:
-                raise WeightsError(f"{self.path} ends at byte {start}: it was cut while it was read")
+                end = os.fstat(self._fd).st_size
+                raise WeightsError(f"{self.path} ends at byte {end}: it was cut while it was read")
             start += got
             while views and got >= len(views[0]):
                 got -= len(views.pop(0))

@@ -10,8 +10,18 @@ import importlib.util
 from pathlib import Path
 
 
+def torch_version() -> str | None:
+    """torch.__version__, with the build that it is of (2.9.0+cu128): its package's metadata may leave that out."""
+    return _assigned("__version__")
+
+
 def cuda_version() -> str | None:
-    """The CUDA version that the installed torch was built for, from the text of its version.py; None: built without."""
+    """The CUDA version that the installed torch was built for; None: built without."""
+    return _assigned("cuda")
+
+
+def _assigned(name: str) -> str | None:
+    """The text that the installed torch's version.py gives a name; None: no torch, or no text."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -22,6 +32,6 @@ def cuda_version() -> str | None:
         targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
         names = [target.id for target in targets if isinstance(target, ast.Name)]
         value = getattr(statement, "value", None)
-        if "cuda" in names and isinstance(value, ast.Constant) and isinstance(value.value, str):
+        if name in names and isinstance(value, ast.Constant) and isinstance(value.value, str):
             return value.value
     return None

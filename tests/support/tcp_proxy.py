@@ -70,11 +70,12 @@ class TcpProxy:
             if not any(way.result() for way in done):  # one side ended by itself: the other may still have to say
                 await asyncio.wait(ways)
         finally:
-            for way in ways:
+            # Before anything that the end of the proxy may cancel.
+            for way, each in zip(ways, (there_writer, writer), strict=True):
                 way.cancel()
+                each.transport.abort()
             await asyncio.wait(ways)
             for each in (writer, there_writer):
-                each.transport.abort()
                 with contextlib.suppress(ConnectionError):
                     await each.wait_closed()
 
