@@ -5,25 +5,20 @@ Owns: nothing; it looks at what is installed and imports none of it.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from typing import Any, Final
 
-from gen_worker.torch_build import cuda_version
+from gen_worker.torch_build import cuda_version, torch_version
 
 OPTIONAL_LIBRARIES: Final = ("flashpack", "bitsandbytes", "torchao", "transformer_engine")
 
 
 def capabilities(gpu_sm: int) -> dict[str, Any]:
     """`capabilities` of resolve_artifact; "" for what is not installed."""
-    try:
-        torch = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        torch = ""
     return {
         "cuda_version": cuda_version() or "",
         "gpu_sm": gpu_sm,
-        "torch_version": torch,
+        "torch_version": torch_version() or "",
         "installed_libs": sorted(name for name in OPTIONAL_LIBRARIES if importlib.util.find_spec(name) is not None),
     }
 
