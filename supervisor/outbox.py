@@ -59,9 +59,9 @@ DELIVERED_BYTES_MAX: Final = 64 * 1024 * 1024
 """Where a transport sees a larger window it is twice that, up to this: a grpcio server's grows with the rate, and
 18 MiB were seen unread over h2."""
 EVENTS_BYTES: Final = 16 * 1024 * 1024
-"""The same for events: here too much may mean repeats, so it is what a window holds, not twice that."""
+"""The same for events: here too much means repeats, so it is what the largest usual window holds, not twice that."""
 EVENTS_BYTES_MAX: Final = 32 * 1024 * 1024
-"""Where a transport sees a larger window it is half as much again, up to this."""
+"""Where a transport sees a larger window it is twice that, up to this."""
 READ_S: Final = 0.0003
 READ_BYTES_A_SECOND: Final = 20e6
 BEHIND_S: Final = 2.0
@@ -300,7 +300,7 @@ class Outbox:
         """
         taken, self._taken = self._taken, []
         self._retained.limit_bytes = max(self._retained.limit_bytes, min(2 * unread_bytes, DELIVERED_BYTES_MAX))
-        self._events.limit_bytes = max(self._events.limit_bytes, min(unread_bytes * 3 // 2, EVENTS_BYTES_MAX))
+        self._events.limit_bytes = max(self._events.limit_bytes, min(2 * unread_bytes, EVENTS_BYTES_MAX))
         now = self._clock()
         gone, left = _split(taken, count)
         if left:

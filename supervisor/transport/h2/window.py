@@ -1,7 +1,8 @@
 """The window that the scheduler gives to this side's messages, and what it tells of the scheduler's reading.
 
 Owns: how much may be sent, was sent and was given back, in bytes; pure. A library gives back what its program took from
-it, at the latest when that is half the window, so how far a scheduler has read is known to half a window.
+it, at the latest when that is half the window. And it may give back what nobody took: a stalled grpcio server, which
+counts what arrives only as it is read, was found to have given back 1.1 MiB too much of 16, and 2.1 of 4.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ DEFAULT_BYTES: Final = 65_535
 IN_HAND_BYTES: Final = 64 * 1024
 """What a program may have taken from its library, and not read."""
 AHEAD: Final = 2
-"""One part in so many of a window may be given back before it is read: a grpcio server that was stalled was found to
-have given back 1.1 MiB too much of 16, since it counts what arrives only as it is read."""
+"""So many windows may lie unread: one, and another that was given back early. To repeat is better than to lose."""
 SHORT_S: Final = 0.25
 """A stream that had to wait for its window within this time before its end was saturated."""
 _MARK_S: Final = 0.005
@@ -74,7 +74,7 @@ class Window:
     @property
     def unread(self) -> int:
         """The most of what was sent that may not have been read."""
-        return min(self._sent, self.peak + self.peak // AHEAD - self._open + IN_HAND_BYTES)
+        return min(self._sent, AHEAD * self.peak - self._open + IN_HAND_BYTES)
 
     def was_short(self, now: float) -> bool:
         """Whether the scheduler took less than there was: more than half lies unread, or `send` waited just now."""
