@@ -190,6 +190,13 @@ class Settings:
     executor_gid: int | None = _var(
         "WORKER_EXECUTOR_GID", parse.optional(parse.integer(0)), "", "run executors as this group"
     )
+    busy_poll_us: int = _var(
+        "WORKER_BUSY_POLL_US",
+        parse.integer(0),
+        "300",
+        "h2 looks for the next message so long before it sleeps, while they come that fast; 0, or with one CPU: never",
+        unit="us",
+    )
     warm_spare: bool = _var(
         "WORKER_WARM_SPARE", parse.boolean, "0", "keep one started executor without a CUDA context in reserve"
     )

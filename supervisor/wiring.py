@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from supervisor.auth import AuthSettings
 from supervisor.backoff import ReconnectSettings
+from supervisor.cpus import usable_cpus
 from supervisor.device_meter import MemoryLimits
 from supervisor.devices import Device
 from supervisor.dispatcher import FileService, Limits
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+POLL_CPUS: Final = 2
+"""With fewer CPUs a loop that polls would take the time from whom it waits for."""
 OTEL_REMEDY: Final = "pip install 'gen-worker[otel]'"
 
 
@@ -49,10 +52,15 @@ def open_transport(settings: Settings, inputs: InputArena | None = None) -> Tran
     if settings.grpc_transport == "h2":
         from supervisor.transport.h2.dial import H2Transport  # noqa: PLC0415
 
-        return H2Transport(tls, arena=inputs)
+        return H2Transport(tls, arena=inputs, busy_poll_s=busy_poll_s(settings))
     from supervisor.transport.grpcio import GrpcioTransport  # noqa: PLC0415
 
     return GrpcioTransport(tls, arena=inputs)
+
+
+def busy_poll_s(settings: Settings) -> float:
+    """How long the loop may poll instead of sleeping; 0.0 where that would take the only CPU from an executor."""
+    return settings.busy_poll_us / 1e6 if usable_cpus() >= POLL_CPUS else 0.0
 
 
 def open_monitoring(settings: Settings, redact: Callable[[str], str]) -> Monitoring | None:

@@ -34,12 +34,14 @@ class H2Transport:
         keepalive_s: float = KEEPALIVE_S,
         keepalive_timeout_s: float = KEEPALIVE_TIMEOUT_S,
         arena: InputArena | None = None,
+        busy_poll_s: float = 0.0,
     ) -> None:
         self._tls = tls
         self._connect_timeout_s = connect_timeout_s
         self._keepalive_s = keepalive_s
         self._keepalive_timeout_s = keepalive_timeout_s
         self._arena = arena
+        self._busy_poll_s = busy_poll_s
 
     async def open(self, target: str, metadata: Sequence[tuple[str, str]]) -> H2Stream:
         """See Transport.open. Certificates are read anew each time, since they get rotated."""
@@ -53,6 +55,7 @@ class H2Transport:
             keepalive_s=self._keepalive_s,
             keepalive_timeout_s=self._keepalive_timeout_s,
             arena=self._arena,
+            busy_poll_s=self._busy_poll_s,
         )
         try:
             async with asyncio.timeout(self._connect_timeout_s):

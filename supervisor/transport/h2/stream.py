@@ -45,6 +45,7 @@ from h2.settings import SettingCodes, Settings
 from gen_worker.wire import MESSAGE_LIMIT_BYTES
 from supervisor.input_arena import InputArena
 from supervisor.transport import StatusCode, StreamClosed, StreamStatus, Unread
+from supervisor.transport.h2.busy_poll import BusyPoll
 from supervisor.transport.h2.connection import CallConnection
 from supervisor.transport.h2.frames import GOAWAY, BadFrame, FrameCutter, Goaway, type_of
 from supervisor.transport.h2.inbox import Inbox
@@ -105,11 +106,13 @@ class H2Stream(asyncio.Protocol):
         keepalive_s: float = KEEPALIVE_S,
         keepalive_timeout_s: float = KEEPALIVE_TIMEOUT_S,
         arena: InputArena | None = None,
+        busy_poll_s: float = 0.0,
     ) -> None:
         self._target = target
         self._headers = headers
         self._keepalive_settings = (keepalive_s, keepalive_timeout_s)
         self._loop = asyncio.get_running_loop()
+        self._poll = BusyPoll(self._loop.call_soon, time.monotonic, busy_poll_s) if busy_poll_s else None
         self._http = _connection()
         self._frames = FrameCutter(FRAME_BYTES)
         self._inbox = Inbox(MESSAGE_LIMIT_BYTES, arena)
@@ -270,6 +273,8 @@ class H2Stream(asyncio.Protocol):
             position += len(part)
         self._sent += position
         self._window.sent(position, time.monotonic())
+        if self._poll is not None:
+            self._poll.sent()
         return position
 
     def _flush(self) -> None:
@@ -300,6 +305,8 @@ class H2Stream(asyncio.Protocol):
             return
         if self._keepalive is not None:
             self._keepalive.heard()
+        if self._poll is not None:
+            self._poll.received()
         try:
             self._take(data)
         except (H2Error, BadFrame) as error:
