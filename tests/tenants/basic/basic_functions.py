@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import msgspec
@@ -65,6 +66,20 @@ class Answer(msgspec.Struct):
 
 def say_started(ctx: ActionContext) -> None:
     ctx.emit("started", {"pid": os.getpid()})
+
+
+def until_written() -> None:
+    """Until no thread writes to the pipe: one that does takes along what this one said, and needs the interpreter."""
+    while any(writes(frame) for frame in sys._current_frames().values()):
+        time.sleep(0.001)
+
+
+def writes(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("link.py") and frame.f_code.co_name in ("send", "_write_all"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 # -- ordinary ones --------------------------------------------------------------------------------
@@ -249,7 +264,7 @@ def block(ctx: ActionContext, payload: Seconds) -> Answer:
 def hold_gil(ctx: ActionContext, payload: Seconds) -> Answer:
     """Sleeps inside C without giving the interpreter back, as some native libraries do."""
     say_started(ctx)
-    time.sleep(0.05)  # another thread may be about to write that event, and needs the interpreter for it
+    until_written()
     ctypes.PyDLL(None).usleep(ctypes.c_uint(int(payload.seconds * 1_000_000)))
     return Answer(pid=os.getpid())
 

@@ -6,8 +6,10 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 import msgspec
 
@@ -15,6 +17,20 @@ from gen_worker import ActionContext, worker_function
 
 IMPORTED_AS = os.getuid()
 _LOOKED_AT = ("environ", "mem", "maps", "fd", "auxv", "cmdline")
+
+
+def until_written() -> None:
+    """Until no thread writes to the pipe: one that does takes along what this one said, and needs the interpreter."""
+    while any(writes(frame) for frame in sys._current_frames().values()):
+        time.sleep(0.001)
+
+
+def writes(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("link.py") and frame.f_code.co_name in ("send", "_write_all"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Nothing(msgspec.Struct):
@@ -89,7 +105,7 @@ def look_around(ctx: ActionContext, payload: Nothing) -> Circumstances:
 @worker_function()
 def hold_gil(ctx: ActionContext, payload: Nothing) -> Process:
     ctx.emit("started", {"pid": os.getpid()})
-    time.sleep(0.05)  # another thread may have the turn to write what was said, and needs the interpreter for it
+    until_written()
     ctypes.PyDLL(None).usleep(ctypes.c_uint(30_000_000))
     return Process(os.getpid())
 
