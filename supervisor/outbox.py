@@ -54,14 +54,12 @@ TURN_BYTES: Final = 16 * 1024
 """What one run's events may put into a batch before the next run's turn."""
 
 DELIVERED_BYTES: Final = 32 * 1024 * 1024
-"""Twice what the largest usual HTTP/2 window (16 MiB) holds; a stalled grpcio server was seen to take 10.5 MiB."""
+"""Twice what the largest usual HTTP/2 window (16 MiB) holds; a stalled grpcio server was seen to take 16.3 MiB."""
 DELIVERED_BYTES_MAX: Final = 64 * 1024 * 1024
 """Where a transport sees a larger window it is twice that, up to this: a grpcio server's grows with the rate, and
 18 MiB were seen unread over h2."""
-EVENTS_BYTES: Final = 16 * 1024 * 1024
-"""The same for events: here too much means repeats, so it is what the largest usual window holds, not twice that."""
-EVENTS_BYTES_MAX: Final = 32 * 1024 * 1024
-"""Where a transport sees a larger window it is twice that, up to this."""
+EVENTS_BYTES: Final = 32 * 1024 * 1024
+"""The same for events, which a transport that sees its windows need not send again all."""
 READ_S: Final = 0.0003
 READ_BYTES_A_SECOND: Final = 20e6
 BEHIND_S: Final = 2.0
@@ -300,7 +298,6 @@ class Outbox:
         """
         taken, self._taken = self._taken, []
         self._retained.limit_bytes = max(self._retained.limit_bytes, min(2 * unread_bytes, DELIVERED_BYTES_MAX))
-        self._events.limit_bytes = max(self._events.limit_bytes, min(2 * unread_bytes, EVENTS_BYTES_MAX))
         now = self._clock()
         gone, left = _split(taken, count)
         if left:
@@ -318,7 +315,7 @@ class Outbox:
     def stream_opened(self) -> None:
         """A new stream stands; what must go again was queued when the last one closed."""
         self._was_unread, self._refused, self._read_at = False, None, -math.inf
-        self._retained.limit_bytes, self._events.limit_bytes = DELIVERED_BYTES, EVENTS_BYTES
+        self._retained.limit_bytes = DELIVERED_BYTES
 
     def stream_closed(self, status: StreamStatus | None = None, unread: Unread | None = None) -> None:
         """What the stream may have swallowed is sent again, before anything newer: results, and unread events.

@@ -38,7 +38,7 @@ from supervisor.transport import StatusCode, StreamClosed, StreamStatus, TlsFile
 from supervisor.transport.large import LARGE_BYTES, PIECE_BYTES, LargeRequest, Splitter
 from supervisor.transport.messages import LargeMessage, Message, apart, count_of
 from supervisor.transport.tls import ca_file, tls_context
-from supervisor.transport.unread import Stretch, estimated_round_trip, tcp_round_trip_to
+from supervisor.transport.unread import STUCK_S, Stretch, estimated_round_trip, tcp_round_trip_to
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +143,8 @@ class GrpcioStream:
         self._stretch = Stretch(time.monotonic())
         self._ended_at = math.inf
         """When the end was first noticed."""
+        self._writing_since = math.inf
+        """Since when grpc has not taken the message under way; the last one, when the stream has ended."""
         self._channel = channel
         self._call = call
         # The public write() turns every failure into INTERNAL and overwrites the status that the scheduler sent with
@@ -187,7 +189,9 @@ class GrpcioStream:
                     break
                 if not isinstance(message, bytes):
                     message = await asyncio.to_thread(_in_memory, message)  # noqa: PLW2901
+                self._writing_since = time.monotonic()
                 await self._write(message)
+                self._writing_since = math.inf
                 accepted += 1
                 size = len(message)
                 del message  # as large as it may be, nobody else needs it
@@ -225,7 +229,8 @@ class GrpcioStream:
 
     def unread(self) -> Unread:
         ended_at = min(self._ended_at, time.monotonic())
-        return Unread(self._stretch.since(ended_at) - self._round_trip_s)
+        stuck = ended_at - self._writing_since >= STUCK_S
+        return Unread(self._stretch.since(ended_at) - self._round_trip_s, saturated=stuck)
 
     def _note_end(self) -> None:
         self._ended_at = min(self._ended_at, time.monotonic())

@@ -20,6 +20,7 @@ from tests.support.worker_process import (
     all_of,
     chain,
     eventually,
+    freeze,
     is_alive,
     wait_for_executors,
 )
@@ -161,7 +162,7 @@ async def test_answers_given_before_the_death_are_delivered(tmp_path: Path) -> N
         (executor,) = worker.worker.executors()
         answered = [await worker.started("wait_for_file", {"how": str(signal_file)}) for _ in range(20)]
         lost = await worker.started("die_after_others", {"how": str(signal_file)})
-        worker.worker.signal(signal.SIGSTOP)
+        await freeze(worker.worker.pid)
         try:
             signal_file.touch()
             await eventually(lambda: not is_alive(executor.pid), what="the executor's death")

@@ -18,7 +18,16 @@ import pytest_asyncio
 from gen_worker.testing.mock_orchestrator import MockOrchestrator
 from supervisor.status import Status
 from tests.support.other_user import UID, worker_command
-from tests.support.worker_process import WAIT_S, Chain, WorkerProcess, chain, eventually, is_alive, wait_for_executors
+from tests.support.worker_process import (
+    WAIT_S,
+    Chain,
+    WorkerProcess,
+    chain,
+    eventually,
+    freeze,
+    is_alive,
+    wait_for_executors,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -147,7 +156,7 @@ async def test_a_spare_that_dies_with_a_large_payload_costs_only_its_runs(projec
         await worker.worker.wait_for_log("executor 0.1 is the spare")
         assert (await worker.call("look", {"data": data}))["pid"] == spare
         second = await parked_pid(worker, 2)
-        os.kill(spare, signal.SIGSTOP)  # so that the payload is still its own when it dies
+        await freeze(spare)  # so that the payload is still its own when it dies
         doomed = await worker.run("look", {"data": data})
 
         async def is_given() -> bool:
@@ -182,7 +191,7 @@ async def test_a_spare_that_is_killed_or_stopped_harms_nobody(project: Path) -> 
         second = await parked_pid(worker, 2)
 
         (serving,) = [child for child in worker.worker.executors() if child.pid != second]
-        os.kill(second, signal.SIGSTOP)  # it will not hear that it has a slot
+        await freeze(second)  # it will not hear that it has a slot
         serving.send_signal(signal.SIGKILL)
         await worker.worker.wait_for_log("a spare, was lost before it served")
         outcome = await worker.call("look", {})

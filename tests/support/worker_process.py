@@ -283,6 +283,18 @@ async def eventually(check: Callable[[], object], timeout: float = WAIT_S, what:
         raise AssertionError(f"not within {timeout:g} s: {what or 'what was waited for'}") from None
 
 
+async def freeze(pid: int) -> None:
+    """SIGSTOP, and wait until each thread has stopped: until then one may go on with its work."""
+    os.kill(pid, signal.SIGSTOP)
+    threads = Path(f"/proc/{pid}/task")
+
+    def is_frozen() -> bool:
+        states = [(thread / "stat").read_text().rpartition(")")[2].split()[0] for thread in threads.iterdir()]
+        return all(state == "T" for state in states)
+
+    await eventually(is_frozen, what=f"process {pid} stands still")
+
+
 async def all_of(*steps: Awaitable[Any]) -> list[Any]:
     """Await all at once; the first error cancels the rest."""
 
