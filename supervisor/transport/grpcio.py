@@ -7,7 +7,8 @@ encodes nor decodes them.
    so waiting for that finds refused connections, wrong names, TLS trouble, and peers that accept and say nothing.
 2. A reader task moves messages into an inbox that is bounded in bytes and number. While the inbox is full nothing is
    read, so HTTP/2's flow control makes the scheduler wait.
-3. `receive` empties the inbox: one wake-up of the session for all that came meanwhile.
+3. `receive` empties the inbox: one wake-up of the session for all that came meanwhile. Where messages come faster
+   than they are handled some gather first (gather.py).
 4. `send` writes one message after the other. A write returns when HTTP/2 took the message, so it is known how many
    were accepted; request iterators cost the same and don't tell.
 5. grpc gives and takes a message in one piece of memory. Large ones are copied piece by piece: out of it into shared
@@ -35,6 +36,7 @@ from grpc import aio
 from gen_worker.wire import MESSAGE_LIMIT_BYTES, METHOD
 from supervisor.input_arena import InputArena
 from supervisor.transport import StatusCode, StreamClosed, StreamStatus, TlsFiles, Unread
+from supervisor.transport.gather import GATHER_S, Gather
 from supervisor.transport.large import LARGE_BYTES, PIECE_BYTES, LargeRequest, Splitter
 from supervisor.transport.messages import LargeMessage, Message, apart, count_of
 from supervisor.transport.tls import ca_file, tls_context
@@ -155,6 +157,9 @@ class GrpcioStream:
         self._receive: Callable[[], Awaitable[bytes]] = call._cython_call.receive_serialized_message  # noqa: SLF001
         self._inbox: deque[bytes | LargeRequest] = deque()
         self._inbox_bytes = 0
+        self._gather = Gather(time.monotonic)
+        self._gathering: asyncio.TimerHandle | None = None
+        """Ends the time that what is in the inbox may gather."""
         self._trim: asyncio.TimerHandle | None = None
         self._answered = False
         self._closing = False
@@ -212,11 +217,16 @@ class GrpcioStream:
             raise StreamClosed(await self._ended(), accepted)
 
     async def receive(self) -> Sequence[bytes | LargeRequest]:
-        while not self._inbox:
+        while not (self._inbox and self._filled.is_set()):
             if self._status is not None:
                 raise StreamClosed(self._status)
             self._filled.clear()
             await self._filled.wait()
+        self._filled.clear()
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
+            self._gather.handed_over(len(self._inbox))
         messages = list(self._inbox)
         self._inbox.clear()
         self._inbox_bytes = 0
@@ -271,7 +281,7 @@ class GrpcioStream:
                 if size >= _TRIM_BYTES:
                     self._trim_later()
                 self._answered = True
-                self._filled.set()
+                self._tell()
                 while self._is_full and not self._closing and not self._over:
                     self._emptied.clear()
                     await self._emptied.wait()
@@ -286,6 +296,13 @@ class GrpcioStream:
             self._note_end()
             self._status = await self._ended()
             self._filled.set()
+
+    def _tell(self) -> None:
+        """Say that a message came: now, or when others have come with it."""
+        if self._gather.came() <= len(self._inbox) or self._is_full:
+            self._filled.set()
+        elif self._gathering is None and not self._filled.is_set():
+            self._gathering = asyncio.get_running_loop().call_later(GATHER_S, self._filled.set)
 
     def _trim_later(self) -> None:
         """A large message is done with."""

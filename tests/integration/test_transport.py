@@ -15,7 +15,8 @@ import trustme
 from gen_worker.wire import METHOD
 from supervisor.dial_hints import hint
 from supervisor.transport import StatusCode, Stream, StreamClosed, TlsFiles, Transport
-from supervisor.transport.grpcio import INBOX_BYTES, INBOX_MESSAGES
+from supervisor.transport.gather import ENOUGH, GATHER_S, SOME
+from supervisor.transport.grpcio import INBOX_BYTES, INBOX_MESSAGES, GrpcioTransport
 from supervisor.transport.messages import Joined, Message, apart, count_of
 from supervisor.transport.unread import ROUND_TRIP_MAX_S
 from tests.support.seam import plain
@@ -113,6 +114,31 @@ async def test_one_receive_gives_all_that_is_here(make_transport: TransportFacto
         batches, _ = await receive_all(stream)
     assert [message for batch in batches for message in batch] == sent
     assert len(batches) < 50
+
+
+async def test_messages_that_grpc_gives_faster_than_they_are_handled_come_together() -> None:
+    sent = [b"%d" % number for number in range(3000)]
+
+    async def flood(dial: Dial) -> None:
+        await dial.send(*sent)
+
+    async with serving(flood) as server, opened(GrpcioTransport(), server.address) as stream:
+        await stream.established()
+        batches, _ = await receive_all(stream)
+    assert [message for batch in batches for message in batch] == sent
+    assert max(map(len, batches)) >= ENOUGH
+
+
+async def test_a_message_that_comes_alone_is_handed_over_soon(make_transport: TransportFactory) -> None:
+    """Also when the transport tries whether others come with it."""
+    async with serving(echo) as server, opened(make_transport(), server.address) as stream:
+        waits = []
+        for number in range(4 * SOME):
+            began = time.monotonic()
+            await stream.send([b"%d" % number])
+            assert plain(await stream.receive()) == [b"%d" % number]
+            waits.append(time.monotonic() - began)
+        assert sorted(waits)[len(waits) // 2] < 10 * GATHER_S
 
 
 async def test_messages_before_the_end_are_delivered_and_then_its_status(make_transport: TransportFactory) -> None:
