@@ -278,9 +278,9 @@ async def test_a_stopped_supervisor_does_not_fill_its_executor() -> None:
         (executor,) = c.worker.executors()
         c.worker.signal(signal.SIGSTOP)
         await asyncio.sleep(1.0)
-        at_rest = executor.cpu_times()
+        before_s = sum(executor.cpu_times()[:2])
         await asyncio.sleep(0.3)
-        assert executor.cpu_times() == at_rest, "it goes on"
+        assert sum(executor.cpu_times()[:2]) - before_s < 0.05, "it goes on"  # what looks now and then takes a tick
         c.worker.signal(signal.SIGCONT)
         await asyncio.gather(*(handle.output(60) for handle in floods))
         assert order.wrong == []
