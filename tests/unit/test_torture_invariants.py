@@ -219,6 +219,18 @@ class TestDeltas:
         assert world.rules() == ["deltas"] * (not excused)
         assert doubtful(world.history) == 1
 
+    @pytest.mark.parametrize(
+        ("stall", "excused"),
+        [((9.9, 9.99), True), ((9.9, 10.5), True), ((9.99, 10.5), False), ((8.0, 8.5), False), ((10.0, 11.0), False)],
+    )
+    def test_a_gap_while_the_scheduler_had_no_turn(
+        self, world: World, stall: tuple[float, float], excused: bool
+    ) -> None:
+        world.history.stalls.append(Interval(*stall))
+        last = deltas(0, made_at=10.0 - DOUBTFUL_S - 0.05)
+        world.run(*last, *deltas(2, stream=1), completed(1), result(stream=1), count=3)
+        assert world.rules() == ["deltas"] * (not excused)
+
     @pytest.mark.parametrize("whole", [True, False])
     def test_an_end_that_is_missing(self, world: World, whole: bool) -> None:
         run = world.run(*deltas(0, made_at=9.95), result(stream=1), count=3)

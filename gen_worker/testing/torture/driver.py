@@ -46,6 +46,7 @@ from gen_worker.testing.torture.plan import (
     make_plan,
 )
 from gen_worker.testing.torture.processes import WorkerProcess
+from gen_worker.testing.torture.pulse import note_stalls
 from gen_worker.testing.torture.report import Report, summarize
 from gen_worker.testing.torture.requests import (
     SUCCESS,
@@ -160,6 +161,7 @@ class _Torture:
         await self._start()
         watching = asyncio.create_task(self._worker.watch())
         progress = asyncio.create_task(self._show_progress())
+        pulse = asyncio.create_task(note_stalls(self._history.stalls))
         try:
             await self._play()
             if self._worker.is_running:
@@ -167,7 +169,7 @@ class _Torture:
                 await self._prove_it_serves()
                 await self._stop()
         finally:
-            left = (watching, progress, *self._hurting, *self._talking)
+            left = (watching, progress, pulse, *self._hurting, *self._talking)
             for task in left:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)

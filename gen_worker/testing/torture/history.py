@@ -135,6 +135,8 @@ class History:
     streams: list[StreamRecord] = field(default_factory=list)
     dark: list[Interval] = field(default_factory=list)
     """When the worker could deliver nothing, by what was done to it; they don't overlap."""
+    stalls: list[Interval] = field(default_factory=list)
+    """When the torture itself, and its scheduler with it, had no turn for longer than PULSE_S (pulse.py)."""
     strays: list[str] = field(default_factory=list)
     """Messages for runs that were never asked for, in words."""
     offences: list[str] = field(default_factory=list)

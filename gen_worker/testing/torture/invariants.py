@@ -9,8 +9,8 @@ Owns: the rules. Pure. What a rule can't decide, it lets pass:
   have been read, or may not have been where the scheduler had stopped reading. So a step back is let pass where a
   stream ended and nowhere else, on no more streams than the worker spoke of. A gap is let pass, as `doubtful`, where
   all that is missing was made within DOUBTFUL_S of a stream's end, and what this scheduler was behind with what came
-  before: nobody can tell whether a program had time to read that. There is no gap at all in a run that is `whole`,
-  whose stream was cut by a scheduler that had stopped reading.
+  before, and the time that it had no turn just then: nobody can tell whether a program had time to read that. There
+  is no gap at all in a run that is `whole`, whose stream was cut by a scheduler that had stopped reading.
 - What was not answered when the supervisor was killed may have gone with it, unless the function had ended a second
   before.
 - A request that was sent several times may be run again when a copy reaches the worker after the first one's end.
@@ -40,6 +40,8 @@ FLOODED_WORDS: Final = "too much waits already"
 
 DOUBTFUL_S: Final = 0.1
 """What a scheduler that reads may be behind, on a machine that has better things to do."""
+STALLED_S: Final = 1.0
+"""How long before a stream's end a scheduler's stall can be why it was behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,8 +270,13 @@ def _is_doubtful(run: Run, gap: _Gap, history: History) -> bool:
     """Whether all that is missing went out just before a stream ended, by how far its scheduler was behind."""
     made_at = gap.made_at(run)
     behind_s = DOUBTFUL_S + (gap.last.at - gap.last.made_at if gap.last.made_at else 0.0)
-    streams = history.streams[gap.last.stream : gap.following.stream]
-    return any(one.ended_at and max(made_at, one.opened_at) >= one.ended_at - behind_s for one in streams)
+    ends = [(one.opened_at, one.ended_at) for one in history.streams[gap.last.stream : gap.following.stream]]
+    return any(end and max(made_at, begin) >= end - behind_s - _stalled_s(history, end) for begin, end in ends)
+
+
+def _stalled_s(history: History, end: float) -> float:
+    """For how long of the last moments before `end` the scheduler had no turn."""
+    return sum(max(0.0, min(stall.end, end) - max(stall.start, end - STALLED_S)) for stall in history.stalls)
 
 
 def doubtful(history: History) -> int:
