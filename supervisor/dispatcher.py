@@ -236,7 +236,7 @@ class Dispatcher:
                 self._end(run, runs.invalid("unknown function", f"{name!r} is gone since the code was replaced"))
 
     def executor_writable(self, handle: ExecutorHandle) -> None:
-        log.debug("executor %s reads again", handle.name)
+        log.debug("executor %s has read enough to be given more", handle.name)
         self._pump()
 
     def executor_draining(self, handle: ExecutorHandle) -> None:

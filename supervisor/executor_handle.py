@@ -72,6 +72,8 @@ TAKE_S: Final = 3.0
 """For a spare to say that it serves its slot: it has nothing left to do for it but to make an event loop."""
 LOOP_RUNS: Final = 8192
 """Runs of async functions at once, far more than one event loop serves well; the rest waits in the supervisor."""
+UNREAD_BYTES: Final = 8 * 1024 * 1024
+"""Large payloads that an executor was given and has not read; past that it gets no run. It reads one before it runs."""
 PAUSED_RUNS: Final = 64
 """Runs that wait for their inputs; their payloads lie in the executor. With so many it takes no more."""
 OUTPUT_CAP_BYTES: Final = TRANSPORT_LIMIT_BYTES
@@ -93,7 +95,9 @@ class HandleEvents(Protocol):
     """Who is told of what an executor says and of its end."""
 
     def executor_ready(self, handle: ExecutorHandle) -> None: ...
-    def executor_writable(self, handle: ExecutorHandle) -> None: ...
+    def executor_writable(self, handle: ExecutorHandle) -> None:
+        """It reads again, or has read what was too much: it may take runs."""
+
     def executor_draining(self, handle: ExecutorHandle) -> None: ...
     def executor_died(self, handle: ExecutorHandle, cause: ExitCause) -> None: ...
     def run_event(self, handle: ExecutorHandle, event: Event | Deltas) -> None: ...
@@ -151,8 +155,8 @@ class ExecutorHandle:
         self._events = events
         self._inputs = inputs
         self._output = OutputLog(self.name)
-        self._given: set[int] = set()
-        """Offsets of the blocks in the arena to it that it has not given back."""
+        self._given: dict[int, int] = {}
+        """Offset and size of the blocks in the arena to it that it has not given back."""
         self._child = Child(
             on_frame=self._on_frame,
             on_line=self._output.line,
@@ -233,6 +237,8 @@ class ExecutorHandle:
     def can_take(self, function: str, limit: int) -> bool:
         """Whether it has room for one more run of a function that may run `limit` times at once (0: any number)."""
         if self.state is not HandleState.READY or not self._child.writable or len(self._paused) >= PAUSED_RUNS:
+            return False
+        if self._is_behind:
             return False
         return self.has_place(function, limit)
 
@@ -353,14 +359,19 @@ class ExecutorHandle:
             blob = arena.put(payload)
         else:
             blob = payload.hand_over(arena) or arena.put(payload.view())
-        self._given.add(blob.offset)
+        self._given[blob.offset] = blob.size
         return blob
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether so much lies unread that more would only start threads, each with a payload, that wait for a turn."""
+        return sum(self._given.values()) >= UNREAD_BYTES
 
     def _take_back(self, offset: int) -> None:
         """It is done with the block at `offset`. Raises ArenaError when it was given none."""
         if offset not in self._given:
             raise ArenaError(f"no block at offset {offset} is in use")
-        self._given.discard(offset)
+        del self._given[offset]
         self._child.arena_down.free(offset)
 
     def _count(self, run: Run, places: int) -> None:
@@ -412,7 +423,7 @@ class ExecutorHandle:
             case Result():
                 self._result(message)
             case Free():
-                self._take_back(message.offset)
+                self._has_read(message.offset)
             case FetchFile() | StoreFile():
                 self._events.run_file(self, message)
             case Ready() | Parked():
@@ -424,6 +435,12 @@ class ExecutorHandle:
             case Fatal():
                 self.fatal = message
                 self._leaves()
+
+    def _has_read(self, offset: int) -> None:
+        was_behind = self._is_behind
+        self._take_back(offset)
+        if was_behind and not self._is_behind:
+            self._events.executor_writable(self)
 
     def _model(self, message: ModelLoaded | ModelUnloaded) -> None:
         self._note_poison(message.poisoned)

@@ -385,10 +385,12 @@ async def test_large_results_and_many_dead_supervisors(tmp_path: Path, kept: Pat
             async with WorkerProcess(orchestrator.address, **TENANT, env=env) as worker:
                 await orchestrator.wait_for_worker()
                 c = Chain(orchestrator, worker)
-                c.connection.pause_reading()
+                connection = c.connection
+                connection.pause_reading()
                 handles += [await c.run("big", {"count": 0, "size": 3_000_000}) for _ in range(4)]
                 await eventually(partial(holds, kept, (life + 1) * 12_000_000))
                 await worker.kill()
+                await connection.wait_ended()  # else it is the next life's worker to the scheduler
         async with WorkerProcess(orchestrator.address, **TENANT, env=env):
             outputs = await results(handles)
             assert [len(output["data"]) for output in outputs] == [3_000_000] * 12

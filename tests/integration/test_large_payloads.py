@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -12,8 +13,9 @@ import pytest
 import pytest_asyncio
 
 from gen_worker.wire import worker_scheduler_pb2 as pb
+from supervisor.executor_handle import UNREAD_BYTES
 from supervisor.wire_codec import varint
-from tests.support.worker_process import Chain, all_of, chain, eventually
+from tests.support.worker_process import Chain, all_of, chain, eventually, freeze
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.both_transports]
 
@@ -36,6 +38,19 @@ async def test_many_at_once_over_two_executors(worker: Chain) -> None:
     payloads = [os.urandom(MIB) * 3 + bytes([number]) for number in range(8)]
     outputs = await all_of(*(worker.call("echo", {"data": data}) for data in payloads))
     assert [output["data"] == data for output, data in zip(outputs, payloads, strict=True)] == [True] * 8
+
+
+async def test_an_executor_that_reads_nothing_is_given_little(worker: Chain) -> None:
+    """What it has not read would only wait in it; the other one serves that."""
+    stuck = worker.worker.executors()[0].pid
+    await freeze(stuck)
+    try:
+        handles = [await worker.run("echo", {"data": bytes(MIB)}) for _ in range(40)]
+        await eventually(lambda: sum(handle.done for handle in handles) >= 40 - UNREAD_BYTES // MIB)
+        assert not all(handle.done for handle in handles)
+    finally:
+        os.kill(stuck, signal.SIGCONT)
+    assert {len((await handle.output())["data"]) for handle in handles} == {MIB}
 
 
 async def test_one_over_the_limit_is_refused(worker: Chain) -> None:
