@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -71,8 +70,6 @@ class Runner:
 
     def __init__(self, blobs: Blobs, models: Models, limits: Limits, device: str, end: ProcessEnd) -> None:
         self._blobs = blobs
-        self._encoding = threading.Lock()
-        """One output at a time, as the interpreter has it anyway: until it is stored it takes its memory twice."""
         self._models = models
         self._limits = limits
         self._device = device
@@ -265,12 +262,11 @@ class Runner:
             raise RunCanceled("the function ended after the cancel")
         if run.spec.incremental:
             return b""
-        with self._encoding:
-            output = encode_output(run.spec, value)
-            limit = self._limits.output_bytes
-            if limit and len(output) > limit:
-                raise ValidationError(f"output of {len(output)} bytes is over WORKER_MAX_OUTPUT_BYTES={limit}")
-            return self._blobs.store(output)
+        output = encode_output(run.spec, value)
+        limit = self._limits.output_bytes
+        if limit and len(output) > limit:
+            raise ValidationError(f"output of {len(output)} bytes is over WORKER_MAX_OUTPUT_BYTES={limit}")
+        return self._blobs.store(output)
 
     def _failed(self, run: ActiveRun, error: BaseException) -> None:
         if isinstance(error, SystemExit):

@@ -236,11 +236,9 @@ class ExecutorHandle:
 
     def can_take(self, function: str, limit: int) -> bool:
         """Whether it has room for one more run of a function that may run `limit` times at once (0: any number)."""
-        if self.state is not HandleState.READY or not self._child.writable or len(self._paused) >= PAUSED_RUNS:
+        if self.state is not HandleState.READY or not self._child.writable or self._is_behind:
             return False
-        if self._is_behind:
-            return False
-        return self.has_place(function, limit)
+        return len(self._paused) < PAUSED_RUNS and self.has_place(function, limit)
 
     def has_place(self, function: str, limit: int) -> bool:
         """Whether one more run of the function may run now."""

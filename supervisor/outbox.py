@@ -41,7 +41,7 @@ from supervisor.oversize import Name, Oversize, refuses_size
 from supervisor.retention import Pack, Retention, Sent, messages
 from supervisor.transport import StreamStatus, Unread
 from supervisor.transport.messages import Joined, count_of, wire_size
-from supervisor.transport.unread import RUSH_S
+from supervisor.transport.unread import RUSH_S, UNREAD_S
 from supervisor.turns import Turns
 
 _Message = bytes | Joined | LargeResult
@@ -66,8 +66,6 @@ BEHIND_S: Final = 2.0
 """What a scheduler may take to read an event, and how far a rush may leave it behind: as a loaded one in Python was."""
 DELIVERED_S: Final = 60.0
 """Twice what keepalive (20 s, then 10 s for the answer) needs to notice a broken connection."""
-UNREAD_S: Final = 0.25
-"""A stream that took nothing for so long was not read: its window was full. One that is read takes a batch at once."""
 _OVERHEAD_BYTES: Final = 256
 """What a waiting message costs beyond its bytes; counted, so that tiny results don't pile up."""
 

@@ -2,7 +2,7 @@
 
 Owns: whether they came faster than they were handled lately. grpc gives one message in a turn of the loop, by a thread
 of its own; what handles it runs once between two of these turns, with caches that others have used meanwhile. To handle
-some together takes a quarter less time. Nobody waits for that where more messages are there than are handled, and that
+some together takes a fifth less time. Nobody waits for that where more messages are there than are handled, and that
 is so when ENOUGH come within GATHER_S while none is handled. Nothing else here tells it, so it is tried:
 
 1. After SOME messages without a pause those that follow gather, and go on to gather while they come fast enough.

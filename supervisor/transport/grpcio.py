@@ -40,7 +40,7 @@ from supervisor.transport.gather import GATHER_S, Gather
 from supervisor.transport.large import LARGE_BYTES, PIECE_BYTES, LargeRequest, Splitter
 from supervisor.transport.messages import LargeMessage, Message, apart, count_of
 from supervisor.transport.tls import ca_file, tls_context
-from supervisor.transport.unread import STUCK_S, Stretch, estimated_round_trip, tcp_round_trip_to
+from supervisor.transport.unread import UNREAD_S, Stretch, estimated_round_trip, tcp_round_trip_to
 
 log = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ class GrpcioStream:
 
     def unread(self) -> Unread:
         ended_at = min(self._ended_at, time.monotonic())
-        stuck = ended_at - self._writing_since >= STUCK_S
+        stuck = ended_at - self._writing_since >= UNREAD_S
         return Unread(self._stretch.since(ended_at) - self._round_trip_s, saturated=stuck)
 
     def _note_end(self) -> None:

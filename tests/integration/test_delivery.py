@@ -32,9 +32,9 @@ from gen_worker.testing.mock_orchestrator import (
     stay_silent,
 )
 from supervisor.backoff import BRIEF_STREAMS
-from supervisor.outbox import UNREAD_S
 from supervisor.oversize import STRIKES
 from supervisor.transport.grpcio import CONNECT_TIMEOUT_S
+from supervisor.transport.unread import UNREAD_S
 from tests.support.stream_server import settled
 from tests.support.worker_process import PROGRAM, Chain, WorkerProcess, chain, eventually
 

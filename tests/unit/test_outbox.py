@@ -22,12 +22,12 @@ from supervisor.outbox import (
     EVENTS_BYTES,
     READ_S,
     TURN_BYTES,
-    UNREAD_S,
     Outbox,
 )
 from supervisor.retention import PACK_BYTES
 from supervisor.transport import StatusCode, StreamStatus, Unread
 from supervisor.transport.messages import PREFIX_BYTES, Joined, Message, apart, count_of, in_one_piece
+from supervisor.transport.unread import UNREAD_S
 
 
 class Box:
