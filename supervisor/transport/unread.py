@@ -26,7 +26,7 @@ _TCP_INFO_MIN_RTT_OFFSET: Final = 148
 _MICROSECONDS: Final = struct.Struct("=I")
 _NO_SAMPLE: Final = 2**32 - 1
 UNREAD_S: Final = 0.25
-"""A stream that took nothing for so long was not read: its window was full. One that is read takes a message at once."""
+"""A stream that took nothing for so long was not read: its window was full. One that is read takes all at once."""
 PAUSE_S: Final = 0.0005
 """What is sent after a pause of this length did not wait for what was sent before."""
 RUSH_S: Final = 0.02
