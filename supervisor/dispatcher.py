@@ -42,6 +42,7 @@ from gen_worker.pipe.messages import (
     StoreFile,
 )
 from supervisor import runs
+from supervisor.admission import Admission
 from supervisor.backlog import Backlog
 from supervisor.child import ExitCause
 from supervisor.executor_handle import ExecutorHandle
@@ -49,14 +50,14 @@ from supervisor.held_output import HeldOutput, LargeResult
 from supervisor.input_arena import Input, Payload
 from supervisor.lanes import Lanes
 from supervisor.model_commands import ModelCommands
-from supervisor.model_names import ModelRefused, Models
+from supervisor.model_names import Models
 from supervisor.model_news import ModelNews
 from supervisor.observer import Observer
 from supervisor.outbox import Keeper, Outbox
 from supervisor.quarantine import STRIKES, Quarantine, fingerprint
 from supervisor.residency import Residency
 from supervisor.run_files import RunFiles, Store, Transfers
-from supervisor.runs import Run, RunState
+from supervisor.runs import Refused, Run, RunState
 from supervisor.socket_session import SocketSession
 from supervisor.sockets import SocketLimits, Sockets
 from supervisor.wire_codec import DeltaWriter, encode_event, encode_result
@@ -121,6 +122,13 @@ class Dispatcher:
         self.outbox = Outbox(self._credit, time.monotonic, self.backlog, keeper, self._loop.call_soon)
         self.functions: dict[str, FunctionInfo] = {}
         """What this worker serves, as the executors said when they got ready."""
+        self._admission = Admission(
+            functions=self.functions,
+            backlog=self.backlog,
+            active=lambda: self.active,
+            max_concurrency=limits.max_concurrency,
+            max_input_bytes=limits.max_input_bytes,
+        )
         self._active: dict[str, Run] = {}
         self._by_key: dict[int, Run] = {}
         self._keys = itertools.count(1)
@@ -151,7 +159,7 @@ class Dispatcher:
             outbox=self.outbox,
             backlog=self.backlog,
             files=self.files,
-            refusal=self._no_room,
+            refusal=self._admission.refusal,
             ended=self._less.set,
         )
         self.news = ModelNews(
@@ -166,7 +174,6 @@ class Dispatcher:
         )
         self.model_loaded = self.news.model_loaded
         self.model_unloaded = self.news.model_unloaded
-        self._draining = False
 
     # -- from the scheduler -------------------------------------------------------------------
 
@@ -177,19 +184,16 @@ class Dispatcher:
         if run_id in self._active:
             log.warning("run %s is active already: the second request is ignored", run_id, extra={"run_id": run_id})
             return
-        info = self.functions.get(request.function_name)
         try:
-            failure = self._refusal(request, payload, info)
-            models = () if failure or info is None else self._models(info, request, payload)
-        except ModelRefused as refused:
-            failure = refused.failure
-        if failure is not None or info is None:
-            self._refuse(run_id, info, failure or runs.invalid("unknown function"))
+            info = self._admission.function_of(request, payload)
+            models = self._models(info, request, payload)
+        except Refused as refused:
+            self._refuse(request, refused.failure)
             return
         request_print = fingerprint(info.name, payload)
         failure = self._quarantine.refusal(request_print, info.name)
         if failure is not None:
-            self._refuse(run_id, info, failure)
+            self._refuse(request, failure)
             return
         run = Run(
             next(self._keys), run_id, info.name, payload, models,
@@ -337,7 +341,7 @@ class Dispatcher:
 
     def drain(self) -> None:
         """Take no more runs; those that wait are handed back for another worker."""
-        self._draining = True
+        self._admission.closed = True
         for run in list(self._active.values()):
             if run.state in (RunState.QUEUED, RunState.WAITING_MODEL):
                 self._finish(run, runs.busy("the worker is shutting down; the run had not started"))
@@ -381,7 +385,7 @@ class Dispatcher:
     @property
     def draining(self) -> bool:
         """No run is taken any more."""
-        return self._draining
+        return self._admission.closed
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -405,7 +409,7 @@ class Dispatcher:
         try:
             handle.send_run(run, payload, deadline, window)
         except OSError as error:
-            self._finish(run, _no_memory(payload, error))
+            self._finish(run, runs.no_memory(len(payload), error))
         except FrameError as error:
             self._finish(run, runs.invalid("request too large", f"the request without its payload: {error}"))
         else:
@@ -460,11 +464,12 @@ class Dispatcher:
             )
         return f", for the {strikes}. time with this payload" if strikes > 1 else ""
 
-    def _refuse(self, run_id: str, info: FunctionInfo | None, failure: Failure) -> None:
+    def _refuse(self, request: pb.TaskExecutionRequest, failure: Failure) -> None:
         """Answer a run that was not accepted."""
+        run_id, function = request.run_id, request.function_name
         log.info("run refused: %s", failure.detail, extra={"run_id": run_id})
         self.outbox.put_result(0, encode_result(run_id, b"", failure))
-        self._observer.run_refused("" if info is None else info.name, failure)
+        self._observer.run_refused(function if function in self.functions else "", failure)
 
     def _finish(self, run: Run, failure: Failure | None, output: bytes | HeldOutput = b"") -> None:
         waiting_bytes = len(run.payload)
@@ -518,39 +523,6 @@ class Dispatcher:
         elif event.type in _STREAM_ENDS:
             run.stream_ended = True
 
-    def _refusal(self, request: pb.TaskExecutionRequest, payload: Payload, info: FunctionInfo | None) -> Failure | None:
-        if not request.run_id:
-            return runs.invalid("run_id is empty")
-        if self._draining:
-            return runs.busy("the worker is shutting down")
-        if info is not None and info.mode == "websocket":
-            detail = f"{info.name} is a websocket handler: it is opened as a realtime session, not run"
-            return runs.invalid("unknown function", detail)
-        if info is None:
-            known = ", ".join(sorted(self.functions)) or "none"
-            return runs.invalid("unknown function", f"unknown function {request.function_name!r}; it serves: {known}")
-        return self._refusal_of(payload) or self._overload()
-
-    def _refusal_of(self, payload: Payload) -> Failure | None:
-        limit = self._limits.max_input_bytes
-        if limit and len(payload) > limit:
-            size = len(payload)
-            return runs.invalid("input too large", f"input of {size} bytes is over WORKER_MAX_INPUT_BYTES={limit}")
-        if isinstance(payload, Input) and payload.error is not None:
-            return _no_memory(payload, payload.error)
-        return None
-
-    def _no_room(self) -> Failure | None:
-        """Why nothing is taken now, whatever it is."""
-        return runs.busy("the worker is shutting down") if self._draining else self._overload()
-
-    def _overload(self) -> Failure | None:
-        if self._limits.max_concurrency and self.active >= self._limits.max_concurrency:
-            return runs.busy(f"{self.active} runs are active, WORKER_MAX_CONCURRENCY allows no more")
-        if self.backlog.refuses:
-            return runs.busy("too much waits already, and none of it gets on")
-        return None
-
     def _models(self, info: FunctionInfo, request: pb.TaskExecutionRequest, payload: Payload) -> Models:
         if not info.injections:
             return ()
@@ -574,10 +546,6 @@ class Dispatcher:
         run = self._by_key.get(key)
         if run is not None and run.handle is not None:
             run.handle.send_credit(key, size)
-
-
-def _no_memory(payload: Payload, error: OSError) -> Failure:
-    return Failure("resource", "out of memory", f"no shared memory for a payload of {len(payload)} bytes: {error}")
 
 
 _STREAM_ENDS: Final = frozenset(("output.completed", "output.error"))

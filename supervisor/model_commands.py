@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from gen_worker.pipe.messages import Failure, FunctionInfo
 from supervisor.executor_handle import ExecutorHandle
 from supervisor.lanes import load_of
-from supervisor.model_names import ModelRefused
 from supervisor.outbox import Outbox
 from supervisor.residence import Residence, Room
 from supervisor.residency import Residency
+from supervisor.runs import Refused
 from supervisor.wire_codec import encode_load_result, encode_unload_result
 
 
@@ -41,7 +41,7 @@ class ModelCommands:
         """Answered when an executor has it; its files are fetched when they are not here."""
         try:
             model_id = self._residency.names.model_id(name)
-        except ModelRefused as refused:
+        except Refused as refused:
             self._outbox.put_control(encode_load_result(name, refused.failure.detail))
             return
         if not self._executors() or not self._types(model_id):
@@ -57,7 +57,7 @@ class ModelCommands:
         if not self._residency.holders(model_id) and not self._residency.is_loading(model_id):
             try:
                 self._residency.names.model_id(name)
-            except ModelRefused as refused:
+            except Refused as refused:
                 self._outbox.put_control(encode_unload_result(name, refused.failure.detail))
                 return
         self._unloads.setdefault(model_id, []).append(name)

@@ -12,23 +12,15 @@ from typing import Any, Final
 import msgspec
 
 from gen_worker.model_refs import canonical_name
-from gen_worker.pipe.messages import Failure, FunctionInfo, InjectionInfo
+from gen_worker.pipe.messages import FunctionInfo, InjectionInfo
 from supervisor.model_source import ModelSource
-from supervisor.runs import invalid
+from supervisor.runs import Refused, invalid
 
 Models = tuple[tuple[str, str], ...]
 """(injected parameter, model id), in the order of the function's parameters."""
 
 _FIELDS: Final = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
 _TEXT: Final = msgspec.msgpack.Decoder(str | None)
-
-
-class ModelRefused(Exception):
-    """A run names a model that it can't have; `failure` is its answer."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.detail)
-        self.failure = failure
 
 
 class ModelNames:
@@ -51,7 +43,7 @@ class ModelNames:
         return sorted(model_id for model_id in named if self._source.knows(model_id))
 
     def resolve(self, info: FunctionInfo, required: Sequence[str], payload: bytes | memoryview) -> Models:
-        """The model of each injected parameter. Raises ModelRefused.
+        """The model of each injected parameter. Raises Refused.
 
         `required` (the request's required_models) overrides by position. The payload is only looked into for a
         function whose model is named by a payload field.
@@ -66,14 +58,14 @@ class ModelNames:
         return canonical_name(self._labels.get(name, name))
 
     def model_id(self, name: str) -> str:
-        """The same of a model that may be had. Raises ModelRefused."""
+        """The same of a model that may be had. Raises Refused."""
         model_id = self.meant_by(name)
         if self._allowed and model_id not in self._allowed:
-            raise ModelRefused(invalid("model not allowed", f"model {model_id} is not on this deployment's allowlist"))
+            raise Refused(invalid("model not allowed", f"model {model_id} is not on this deployment's allowlist"))
         if not self._source.knows(model_id):
             how = "nor can it be fetched, and WORKER_MODEL_ARTIFACTS_JSON does not name it"
             detail = f"model {model_id} is not on this host, {how}"
-            raise ModelRefused(invalid("model not available", detail))
+            raise Refused(invalid("model not available", detail))
         return model_id
 
     def types_of(self, model_id: str, functions: Mapping[str, FunctionInfo]) -> set[str]:
@@ -104,10 +96,10 @@ class ModelNames:
             written = _FIELDS.decode(payload).get(injection.key)
             name = None if written is None else _TEXT.decode(written)
         except (ValueError, RecursionError) as error:  # ValueError: msgspec's and UnicodeDecodeError
-            raise ModelRefused(invalid(safe, f"{info.name}: {safe}: {error!r}")) from error
+            raise Refused(invalid(safe, f"{info.name}: {safe}: {error!r}")) from error
         name = name or _default_of(info.input_schema, injection.key)
         if not name:
-            raise ModelRefused(invalid(safe, f"{info.name}: {safe}: it is absent or null, and its default is no name"))
+            raise Refused(invalid(safe, f"{info.name}: {safe}: it is absent or null, and its default is no name"))
         return self.model_id(name)
 
 

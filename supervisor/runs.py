@@ -25,6 +25,14 @@ SAFE_BUSY: Final = "worker busy"
 SAFE_CRASHED: Final = "worker process crashed"
 
 
+class Refused(Exception):
+    """What the scheduler asks for is not done; `failure` is the answer."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.detail)
+        self.failure = failure
+
+
 class RunState(Enum):
     QUEUED = "queued"
     WAITING_MODEL = "waiting_model"
@@ -155,3 +163,7 @@ def crashed(detail: str) -> Failure:
 
 def invalid(safe_message: str, detail: str = "") -> Failure:
     return Failure("validation", safe_message, detail or safe_message)
+
+
+def no_memory(size: int, error: OSError) -> Failure:
+    return Failure("resource", "out of memory", f"no shared memory for a payload of {size} bytes: {error}")

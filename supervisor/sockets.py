@@ -27,11 +27,11 @@ from gen_worker.pipe.messages import EVENT_OVERHEAD_BYTES, CancelCause, Failure,
 from supervisor.backlog import Backlog
 from supervisor.executor_handle import OUTPUT_CAP_BYTES, ExecutorHandle
 from supervisor.lanes import Lanes
-from supervisor.model_names import ModelRefused, Models
+from supervisor.model_names import Models
 from supervisor.outbox import Outbox
 from supervisor.residency import Residency
 from supervisor.run_files import RunFiles
-from supervisor.runs import RunState, invalid
+from supervisor.runs import Refused, RunState, invalid
 from supervisor.socket_room import SocketRoom
 from supervisor.socket_session import (
     CLOSED,
@@ -128,7 +128,7 @@ class Sockets:
         try:
             if info.injections and failure is None:
                 models = self._residency.names.resolve(info, command.required_models, b"")
-        except ModelRefused as refused:
+        except Refused as refused:
             failure = refused.failure
         if failure is not None:
             self._refuse(command, reason_of(failure), failure.detail or failure.safe_message)

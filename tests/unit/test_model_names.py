@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gen_worker.pipe.messages import FunctionInfo, InjectionInfo
-from supervisor.model_names import ModelNames, ModelRefused
+from supervisor.model_names import ModelNames
+from supervisor.runs import Refused
 from tests.support.rig import Shelf, function
 
 A, B, C = "cozy:org/a:latest", "cozy:org/b:v2", "hf:org/c@main"
@@ -50,7 +51,7 @@ def test_names_become_canonical_ids(names: ModelNames, name: str, model_id: str)
 
 @pytest.mark.parametrize("name", ["unknown label", "org/a:v9", "hf:org/c", ""])
 def test_models_that_are_not_here_are_refused(names: ModelNames, name: str) -> None:
-    with pytest.raises(ModelRefused) as caught:
+    with pytest.raises(Refused) as caught:
         names.model_id(name)
     failure = caught.value.failure
     assert (failure.error_type, failure.safe_message, failure.retryable) == ("validation", "model not available", False)
@@ -60,7 +61,7 @@ def test_models_that_are_not_here_are_refused(names: ModelNames, name: str) -> N
 def test_the_allowlist(names: ModelNames) -> None:
     names.configure(["org/a"], {})
     assert names.model_id("base") == A
-    with pytest.raises(ModelRefused) as caught:
+    with pytest.raises(Refused) as caught:
         names.model_id("other")
     assert caught.value.failure.safe_message == "model not allowed"
     assert caught.value.failure.error_type == "validation"
@@ -74,7 +75,7 @@ def test_labels_of_the_scheduler_go_before_our_own_until_it_says_otherwise(names
     assert [names.model_id(name) for name in ("base", "other", "extra")] == [B, B, C]
     names.configure([], {})
     assert [names.model_id(name) for name in ("base", "other")] == [A, B]
-    with pytest.raises(ModelRefused):
+    with pytest.raises(Refused):
         names.model_id("extra")
 
 
@@ -102,7 +103,7 @@ def test_payload_source(names: ModelNames) -> None:
 
 def test_the_payload_can_not_name_what_is_not_allowed(names: ModelNames) -> None:
     names.configure([A], {})
-    with pytest.raises(ModelRefused, match="not on this deployment's allowlist"):
+    with pytest.raises(Refused, match="not on this deployment's allowlist"):
         chosen(names, function(payload_field="model"), payload=msgspec.msgpack.encode({"model": B}))
 
 
@@ -123,7 +124,7 @@ def test_the_payload_can_not_name_what_is_not_allowed(names: ModelNames) -> None
     ids=["empty", "invalid", "list", "absent", "number", "nil", "no text", "no UTF-8", "no UTF-8 key", "bottomless"],
 )
 def test_payloads_that_name_no_model_are_refused(names: ModelNames, payload: bytes) -> None:
-    with pytest.raises(ModelRefused) as caught:
+    with pytest.raises(Refused) as caught:
         chosen(names, function(payload_field="model"), payload=payload)
     assert caught.value.failure.error_type == "validation"
     assert caught.value.failure.safe_message == "payload field 'model' must name a model"
@@ -156,7 +157,7 @@ def test_the_default_of_a_payload_field_counts(
     if found is not None:
         assert chosen(names, info, payload=msgspec.msgpack.encode(payload)) == [found]
         return
-    with pytest.raises(ModelRefused, match="its default is no name"):
+    with pytest.raises(Refused, match="its default is no name"):
         chosen(names, info, payload=msgspec.msgpack.encode(payload))
 
 
@@ -171,7 +172,7 @@ def test_no_payload_raises_anything_else(payload: bytes) -> None:
     names, errors = ModelNames({}, SOURCE), []
     try:
         chosen(names, function(payload_field="model"), payload=payload)
-    except ModelRefused as refused:
+    except Refused as refused:
         errors.append(refused.failure.error_type)
     assert errors in ([], ["validation"])
 
