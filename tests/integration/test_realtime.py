@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -399,18 +399,25 @@ async def test_a_websocket_client_is_told_why(
 
 
 async def test_a_websocket_client_that_leaves_ends_the_session(worker: Chain, bridge: RealtimeBridge) -> None:
-    sessions = len(worker.orchestrator.sessions)
+    before = set(worker.orchestrator.sessions)  # of earlier tests: some end a little later than their clients
     client = await connect(f"{bridge.url}/echo")
     await client.send("hello")
     assert await client.recv() == "hello"
-    (session,) = list(worker.orchestrator.sessions.values())[sessions:]
+    session = _opened(worker, before)
     client.transport.abort()
     assert await session.wait_closed(WAIT_S) == "closed"
 
 
 async def test_a_websocket_client_that_reads_nothing_is_closed(worker: Chain, bridge: RealtimeBridge) -> None:
+    before = set(worker.orchestrator.sessions)
     client = await connect(f"{bridge.url}/floods", max_queue=1)
-    (session,) = list(worker.orchestrator.sessions.values())
+    session = _opened(worker, before)
     assert await session.wait_closed(WAIT_S) == "closed"
     assert session.overflowed
     client.transport.abort()
+
+
+def _opened(worker: Chain, before: Set[str]) -> RealtimeSession:
+    """The one session that was opened since."""
+    (session_id,) = worker.orchestrator.sessions.keys() - before
+    return worker.orchestrator.sessions[session_id]
