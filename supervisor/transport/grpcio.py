@@ -282,6 +282,8 @@ class GrpcioStream:
                     self._trim_later()
                 self._answered = True
                 self._tell()
+                if self._gather.alone:
+                    await asyncio.sleep(0)  # a turn for who receives, before grpc is asked for the next
                 while self._is_full and not self._closing and not self._over:
                     self._emptied.clear()
                     await self._emptied.wait()

@@ -6,7 +6,8 @@ import asyncio
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Set
+from collections.abc import AsyncIterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -417,7 +418,7 @@ async def test_a_websocket_client_that_reads_nothing_is_closed(worker: Chain, br
     client.transport.abort()
 
 
-def _opened(worker: Chain, before: Set[str]) -> RealtimeSession:
+def _opened(worker: Chain, before: AbstractSet[str]) -> RealtimeSession:
     """The one session that was opened since."""
     (session_id,) = worker.orchestrator.sessions.keys() - before
     return worker.orchestrator.sessions[session_id]

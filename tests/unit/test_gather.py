@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from supervisor.transport.gather import ENOUGH, GATHER, MANY, PAUSE_S, SOME, Gather
+from supervisor.transport.gather import ALONE_S, ENOUGH, GATHER, MANY, PAUSE_S, SOME, Gather
 
 
 class Stream:
@@ -87,3 +87,18 @@ def test_a_pause_does_not_shorten_the_wait_for_the_next_try() -> None:
     stream.gathered(1)
     stream.now += 2 * PAUSE_S
     assert stream.apart() == 8 * SOME
+
+
+def test_only_one_that_comes_by_itself_is_alone() -> None:
+    stream = Stream(2 * ALONE_S)
+    alone = []
+    for _ in range(SOME):
+        stream.came()
+        alone.append(stream.gather.alone)
+    assert all(alone)
+    assert stream.came() == GATHER
+    assert not stream.gather.alone, "it waits for others"
+    stream.gather.handed_over(1)
+    stream.gap_s = ALONE_S / 2
+    stream.came()
+    assert not stream.gather.alone, "others came just before"
