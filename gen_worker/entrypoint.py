@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -42,8 +43,9 @@ def stop_on_signals() -> None:
 
 
 def _stop(number: int, _frame: object) -> NoReturn:
-    # Not by SystemExit: in the midst of an import that is anybody's to catch.
-    os.write(2, f"gen-worker-supervisor: {signal.Signals(number).name} before it served: it leaves\n".encode())
+    # Not by SystemExit, nor by an error of the write: where a signal comes that is anybody's to catch.
+    with suppress(OSError):  # who read it may be gone, which may be why the signal came
+        os.write(2, f"gen-worker-supervisor: {signal.Signals(number).name} before it served: it leaves\n".encode())
     os._exit(0)
 
 

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, cast
 
 from gen_worker.pipe.arena import ArenaReader, ArenaWriter, create_arena
@@ -49,6 +50,8 @@ JOINED_BYTES: Final = 64 * 1024
 """So much is held back for a common write at most, so that a child that does not read is noticed in time."""
 CLOSED_PIPE_S: Final = 0.5
 """A child that exits closes its pipe a moment before; one that lives on without it this long is killed."""
+DYING_S: Final = 5.0
+"""More for one whose death is under way, as it takes on a busy host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +299,27 @@ class Child(asyncio.BufferedProtocol):
     def _pipe_closed(self, reason: str) -> None:
         """A child without its pipe is of no use; its exit is then noticed as any other."""
         if self._closed is None and not self._exited:
-            self._closed = self._loop.call_later(CLOSED_PIPE_S, self.kill, reason)
+            self._closed = self._loop.call_later(CLOSED_PIPE_S, self._kill_closed, reason)
+
+    def _kill_closed(self, reason: str) -> None:
+        if self._is_dying:
+            self._closed = self._loop.call_later(DYING_S, self.kill, reason)
+        else:
+            self.kill(reason)
+
+    @property
+    def _is_dying(self) -> bool:
+        """Whether its memory is gone, which a process gives up before its files, and those before it can be waited for.
+
+        False where that is not to be seen.
+        """
+        try:
+            Path(f"/proc/{self.pid}/exe").readlink()
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        except OSError as error:
+            log.debug("whether process %d is dying is not to be seen: %s", self.pid, error)
+        return False
 
     # -- its end ------------------------------------------------------------------------------
 

@@ -539,6 +539,25 @@ async def test_a_signal_before_the_worker_serves_stops_it_too(number: signal.Sig
         await eventually(lambda: not any(is_alive(process.pid) for process in processes), 1)
 
 
+def test_a_signal_before_the_worker_serves_stops_it_also_when_nobody_reads_its_stderr() -> None:
+    """As when who started it was killed. It comes anywhere, also where an OSError is no harm."""
+    program = """if True:
+        import os, signal
+        from gen_worker.entrypoint import stop_on_signals
+        stop_on_signals()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except OSError:
+            raise SystemExit(7)
+    """
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        assert subprocess.run([sys.executable, "-c", program], stderr=write_end, check=False).returncode == 0
+    finally:
+        os.close(write_end)
+
+
 async def test_a_second_signal_does_not_wait_for_executors_that_do_not_leave() -> None:
     async with chain(executors=2, env={"WORKER_LOG_LEVEL": "info"}) as worker, leaves_nothing_behind(worker):
         for executor in worker.worker.executors():

@@ -385,6 +385,22 @@ def test_a_child_that_closes_its_pipe_and_lives_on_is_killed(run: Run, monkeypat
     run(scenario)
 
 
+def test_one_that_is_dying_is_not_killed_for_its_closed_pipe(run: Run) -> None:
+    """Its pipe closes before its death can be seen, on a busy host long before."""
+
+    def die(pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+    async def scenario() -> None:
+        async with started() as recorder:
+            die(recorder.child.pid)
+            recorder.child._kill_closed("it closed its pipe")
+            assert str(await recorder.end()) == "killed by SIGKILL"
+
+    run(scenario)
+
+
 def test_an_unfinished_frame_at_the_end_is_nothing(run: Run) -> None:
     async def scenario() -> None:
         async with started() as recorder:
