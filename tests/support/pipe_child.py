@@ -6,11 +6,13 @@ Started as `python -P -m pipe_child`, with only the standard library, so that it
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing.connection import Connection
 
@@ -60,6 +62,11 @@ def obey(pipe: Connection, frame: bytes, up_fd: int) -> None:  # noqa: C901, PLR
         case b"close_pipe":
             os.close(pipe.fileno())
             time.sleep(60)
+        case b"leave_a_thread":
+            # The first thread ends, and with it what /proc shows of the process's memory; the process lives on.
+            threading.Thread(target=time.sleep, args=(60,)).start()
+            os.close(pipe.fileno())
+            ctypes.CDLL(None).pthread_exit(None)
         case b"sleep":
             time.sleep(float(argument))
         case b"exit":

@@ -385,6 +385,18 @@ def test_a_child_that_closes_its_pipe_and_lives_on_is_killed(run: Run, monkeypat
     run(scenario)
 
 
+def test_a_child_that_seems_to_die_and_does_not_is_killed_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CLOSED_PIPE_S", 0.02)
+    monkeypatch.setattr(module, "DYING_S", 0.02)
+
+    async def scenario() -> None:
+        recorder = Recorder()
+        await recorder.start("leave_a_thread")
+        assert str(await recorder.end()) == "killed by SIGKILL (it closed its pipe)"
+
+    run(scenario)
+
+
 def test_one_that_is_dying_is_not_killed_for_its_closed_pipe(run: Run) -> None:
     """Its pipe closes before its death can be seen, on a busy host long before."""
 
