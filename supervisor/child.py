@@ -276,6 +276,8 @@ class Child(asyncio.BufferedProtocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._exited:
+            self._transport = None
         self._pipe_closed(f"its pipe broke: {exc}" if exc else "it closed its pipe")
 
     def pause_writing(self) -> None:
@@ -336,16 +338,22 @@ class Child(asyncio.BufferedProtocol):
                 output.close()
         finally:
             self._exited = True
+            tell = self._on_exit
             self._release()
-            self._on_exit(ExitCause(returncode, self._reason))
+            tell(ExitCause(returncode, self._reason))
 
     def _release(self) -> None:
+        # What is told refers to it, as its transport does: without this all of it waits for the garbage collector,
+        # which comes to what has lived for a while once in many minutes.
+        self.hand_over(on_frame=_ignore, on_line=_ignore, on_writable=_ignore, on_exit=_ignore)
+        self._outputs.clear()
         if self._closed is not None:
             self._closed.cancel()
+            self._closed = None
         if self._transport is not None:
             self._transport.abort()  # one that is not connected yet is aborted by _connect
+            self._transport = None
         self._last_words.close()
-        # It and its owner refer to each other: what is left of both waits minutes for the garbage collector.
         self._buffer = memoryview(bytearray(BURIED_BYTES))
         if self._inputs is None:
             self.arena_down.close()
@@ -365,6 +373,10 @@ class Child(asyncio.BufferedProtocol):
     def _take_line(self, stream: str, line: str) -> None:
         self.last_lines.append(line)
         self._on_line(stream, line)
+
+
+def _ignore(*_: object) -> None:
+    """What a dead child's transport still has to say."""
 
 
 def _closed_by(stack: ExitStack, fd: int) -> int:

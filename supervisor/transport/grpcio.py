@@ -11,6 +11,8 @@ encodes nor decodes them.
    than they are handled some gather first (gather.py).
 4. `send` writes one message after the other. A write returns when HTTP/2 took the message, so it is known how many
    were accepted; request iterators cost the same and don't tell.
+   grpc's threads find the end of a stream, and on a busy host that takes them time in which messages are accepted that
+   nobody will read. So the kernel is asked when the end came.
 5. grpc gives and takes a message in one piece of memory. Large ones are copied piece by piece: out of it into shared
    memory when they come, and, in a thread, together from there when they go. What grpc itself does with one holds up
    the loop, about 1 ms for each MiB. When none has followed for a moment malloc is asked for the memory, which it
@@ -39,8 +41,9 @@ from supervisor.transport import StatusCode, StreamClosed, StreamStatus, TlsFile
 from supervisor.transport.gather import GATHER_S, Gather
 from supervisor.transport.large import LARGE_BYTES, PIECE_BYTES, LargeRequest, Splitter
 from supervisor.transport.messages import LargeMessage, Message, apart, count_of
+from supervisor.transport.tcp_info import Observed
 from supervisor.transport.tls import ca_file, tls_context
-from supervisor.transport.unread import UNREAD_S, Stretch, estimated_round_trip, tcp_round_trip_to
+from supervisor.transport.unread import UNREAD_S, Stretch, estimated_round_trip
 
 log = logging.getLogger(__name__)
 
@@ -124,10 +127,11 @@ class GrpcioTransport:
             await _discard(channel, call)
             raise
         dial_s = time.monotonic() - began
-        round_trip_s = tcp_round_trip_to(int(target.rpartition(":")[2]))
+        connection = Observed.to_port(int(target.rpartition(":")[2]))
+        round_trip_s = connection.round_trip_s
         if not round_trip_s:  # through a proxy
             round_trip_s = estimated_round_trip(dial_s, _ROUND_TRIPS if self._tls is None else _ROUND_TRIPS_TLS)
-        return GrpcioStream(channel, call, self._arena, round_trip_s)
+        return GrpcioStream(channel, call, connection, round_trip_s, self._arena)
 
 
 class GrpcioStream:
@@ -137,18 +141,20 @@ class GrpcioStream:
         self,
         channel: aio.Channel,
         call: aio.StreamStreamCall[bytes, bytes],
+        connection: Observed,
+        round_trip_s: float,
         arena: InputArena | None = None,
-        round_trip_s: float = 0.0,
     ) -> None:
         self._arena = arena
         self._round_trip_s = round_trip_s
         self._stretch = Stretch(time.monotonic())
         self._ended_at = math.inf
-        """When the end was first noticed."""
+        """When the end came, or was first noticed."""
         self._writing_since = math.inf
         """Since when grpc has not taken the message under way; the last one, when the stream has ended."""
         self._channel = channel
         self._call = call
+        self._connection = connection
         # The public write() turns every failure into INTERNAL and overwrites the status that the scheduler sent with
         # it: a redirect would be lost whenever a message is under way. What lies beneath leaves the status alone.
         self._write: Callable[[bytes], Awaitable[None]] = call._cython_call.send_serialized_message  # noqa: SLF001
@@ -205,6 +211,7 @@ class GrpcioStream:
         except aio.BaseError:
             pass  # the status says why
         except asyncio.CancelledError:
+            self._note_end(by_us=True)
             self._call.cancel()  # whether the message at hand is out is not known: nothing may follow it
             raise
         self._stretch.sent(began, time.monotonic())
@@ -242,8 +249,10 @@ class GrpcioStream:
         stuck = ended_at - self._writing_since >= UNREAD_S
         return Unread(self._stretch.since(ended_at) - self._round_trip_s, saturated=stuck)
 
-    def _note_end(self) -> None:
-        self._ended_at = min(self._ended_at, time.monotonic())
+    def _note_end(self, *, by_us: bool = False) -> None:
+        if self._ended_at == math.inf:
+            self._ended_at = time.monotonic() - (0.0 if by_us else self._connection.since_end_s)
+            self._connection.close()
 
     async def close(self, grace_s: float = 0.0) -> None:
         try:
@@ -251,6 +260,7 @@ class GrpcioStream:
                 await self._half_close(grace_s)
         finally:
             self._closing = True
+            self._note_end(by_us=True)
             self._call.cancel()
             self._emptied.set()
             await asyncio.wait({self._reader})
@@ -292,6 +302,7 @@ class GrpcioStream:
         except asyncio.CancelledError:
             # grpc raises this for a call that `close` canceled; else this task itself is meant.
             if not self._closing:
+                self._note_end(by_us=True)
                 self._call.cancel()
                 raise
         finally:

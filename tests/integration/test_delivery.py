@@ -125,6 +125,30 @@ async def test_deltas_of_a_stream_that_was_not_read_come_again() -> None:
         assert c.worker.lines("are sent again")
 
 
+def went_on(handles: Sequence[RunHandle], counts: Sequence[int]) -> bool:
+    return all(len(handle.deltas) > count for handle, count in zip(handles, counts, strict=True))
+
+
+@pytest.mark.both_transports
+@pytest.mark.parametrize("end", [WorkerConnection.drop, WorkerConnection.close])
+async def test_what_a_worker_sends_that_finds_the_end_late_comes_again(end: Callable[[WorkerConnection], None]) -> None:
+    """It stood still as the stream ended, and goes on with all that came from its executors meanwhile."""
+    async with chain(**TENANT) as c:
+        handles = [await c.run(function, {"count": 300, "pause_s": 0.01}) for function in ("stream", "astream") * 4]
+        for _ in range(3):
+            connection = c.connection
+            await c.orchestrator.wait_until(partial(went_on, handles, [len(handle.deltas) + 3 for handle in handles]))
+            c.worker.signal(signal.SIGSTOP)
+            await asyncio.sleep(0.1)  # what it sent is read
+            end(connection)
+            await asyncio.sleep(0.2)
+            c.worker.signal(signal.SIGCONT)
+            await c.orchestrator.wait_until(partial(another, c.orchestrator, connection))
+        await results(handles)
+        for handle in handles:
+            assert list(dict.fromkeys(indexes(handle))) == list(range(300))
+
+
 async def test_a_result_that_the_scheduler_takes_on_no_stream_ends_as_a_failure() -> None:
     async with chain(**TENANT, message_limit=4 * 1024 * 1024) as c:
         others = [await c.run("wait", {"seconds": 1 + number / 10}) for number in range(5)]

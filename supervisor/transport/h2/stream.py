@@ -60,7 +60,7 @@ from supervisor.transport.h2.statuses import (
 from supervisor.transport.h2.window import Window
 from supervisor.transport.large import PIECE_BYTES, LargeRequest
 from supervisor.transport.messages import Joined, Message, count_of, prefix, wire_size
-from supervisor.transport.unread import tcp_round_trip
+from supervisor.transport.tcp_info import round_trip, since_end
 
 log = logging.getLogger(__name__)
 # At debug it logs every header as it encodes it, the token's among them, in plain and in Huffman's code.
@@ -126,6 +126,7 @@ class H2Stream(asyncio.Protocol):
         self._round_trip_s = 0.0
         """As it was when the call ended."""
         self._ended_at = math.inf
+        """When the end came, or was noticed."""
         self._gone_at = math.inf
         """The same, if the connection was found to be gone: a peer that says that it ends the call was there."""
         self._sent_at_ping = 0
@@ -457,16 +458,17 @@ class H2Stream(asyncio.Protocol):
 
     # -- the end ------------------------------------------------------------------------------
 
-    def _end(self, status: StreamStatus) -> None:
+    def _end(self, status: StreamStatus, *, by_us: bool = False) -> None:
         """The call has ended. The first status counts."""
         if self._status is None:
             self._status = status
-            self._ended_at = time.monotonic()
+            self._ended_at = now = time.monotonic()
             if self._broken and not self._farewell:
-                self._gone_at = self._ended_at
+                self._gone_at = now
             connection = self._transport.get_extra_info("socket") if self._transport is not None else None
             if connection is not None:
-                self._round_trip_s = tcp_round_trip(connection)
+                self._round_trip_s = round_trip(connection)
+                self._ended_at = now - (0.0 if by_us else since_end(connection))
             self._inbox.abandon()
         self._news.set()
         self._room.set()
@@ -479,12 +481,12 @@ class H2Stream(asyncio.Protocol):
             except H2Error as error:
                 log.debug("the stream could not be reset, it has ended: %s", error)
             self._flush()
-        self._end(status)
+        self._end(status, by_us=True)
 
     def _break(self, reason: str, code: StatusCode = StatusCode.UNAVAILABLE, *, silent: bool = False) -> None:
         """The connection is of no more use."""
         self._broken = True
-        self._end(StreamStatus(code, reason, silent))
+        self._end(StreamStatus(code, reason, silent), by_us=True)
         self._flush()  # after an error h2 has a GOAWAY ready that names it
         if self._transport is not None:
             self._transport.close()
