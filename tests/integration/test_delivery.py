@@ -31,6 +31,7 @@ from gen_worker.testing.mock_orchestrator import (
     send_garbage,
     stay_silent,
 )
+from supervisor.backlog import ANSWERS_BYTES
 from supervisor.backoff import BRIEF_STREAMS
 from supervisor.oversize import STRIKES
 from supervisor.transport.grpcio import CONNECT_TIMEOUT_S
@@ -402,22 +403,25 @@ async def test_a_worker_that_stops_without_a_scheduler_leaves_its_results_behind
 
 
 async def test_large_results_and_many_dead_supervisors(tmp_path: Path, kept: Path) -> None:
+    """Fewer bytes than make the last of them hold runs back: nobody reads, and what went out before is chance."""
     env = {"WORKER_OUTBOX_DIR": str(kept)}
+    size, count, lives = 2_000_000, 3, 3
+    assert (count * lives - 1) * size < ANSWERS_BYTES
     handles = []
     async with MockOrchestrator() as orchestrator:
-        for life in range(3):
+        for life in range(lives):
             async with WorkerProcess(orchestrator.address, **TENANT, env=env) as worker:
                 await orchestrator.wait_for_worker()
                 c = Chain(orchestrator, worker)
                 connection = c.connection
                 connection.pause_reading()
-                handles += [await c.run("big", {"count": 0, "size": 3_000_000}) for _ in range(4)]
-                await eventually(partial(holds, kept, (life + 1) * 12_000_000))
+                handles += [await c.run("big", {"count": 0, "size": size}) for _ in range(count)]
+                await eventually(partial(holds, kept, (life + 1) * count * size))
                 await worker.kill()
                 await connection.wait_ended()  # else it is the next life's worker to the scheduler
         async with WorkerProcess(orchestrator.address, **TENANT, env=env):
             outputs = await results(handles)
-            assert [len(output["data"]) for output in outputs] == [3_000_000] * 12
+            assert [len(output["data"]) for output in outputs] == [size] * count * lives
 
 
 def holds(directory: Path, size: int) -> bool:
