@@ -318,16 +318,12 @@ class Dispatcher:
         lines = "\n".join(handle.last_lines())[-LAST_LINES_CHARS:]
         ended = f"executor {handle.name} (pid {handle.pid}) {cause}"
         self.sockets.executor_died(handle, ended)
-        # An end that this supervisor made proves nothing, and a poisoned device was another run's doing.
-        proves = not (handle.was_killed or handle.poisoned)
-        proofs: dict[bytes, str] = {}
         for run in list(handle.runs.values()):
             if run.state is RunState.CANCELING:
                 self._finish(run, run.failure_of_cancel(ended))
                 continue
-            if proves and run.fingerprint not in proofs:  # one death is one strike, however many runs ask the same
-                proofs[run.fingerprint] = self._strike(run)
-            proof = proofs.get(run.fingerprint, "")
+            # An end that this supervisor made proves nothing, and a poisoned device was another run's doing.
+            proof = "" if handle.was_killed or handle.poisoned else self._strike(run)
             detail = f"{ended} while it ran {run.function}{proof}; last lines:\n{lines}"
             self._finish(run, runs.crashed(detail))
         if loading:

@@ -112,22 +112,6 @@ async def test_a_death_from_outside_is_answered_too(two: Chain) -> None:
             assert (await handle.result()).error_type == "canceled"
 
 
-async def test_one_death_is_one_strike_however_many_runs_ask_the_same(two: Chain) -> None:
-    asked = ("asleep", {"seconds": 29})
-    handles = [await two.started(*asked) for _ in range(10)]
-    victim = await pid_of(two, handles[0])
-    lost = [handle for handle in handles if await pid_of(two, handle) == victim]
-    assert len(lost) >= 3
-    died_at = time.monotonic()
-    os.kill(victim, signal.SIGKILL)
-    for handle in lost:
-        assert_crashed(await handle.result(), "killed by SIGKILL")
-    await wait_for_executors(two.orchestrator, 2, since=died_at)
-    for handle in [*(handle for handle in handles if handle not in lost), await two.started(*asked)]:
-        await handle.cancel()
-        assert (await handle.result()).error_type == "canceled"
-
-
 async def test_every_run_of_the_dead_has_one_answer_and_those_that_waited_go_on(two: Chain) -> None:
     first, second = [await two.started("one_at_a_time", {"seconds": 30}) for _ in range(2)]
     waiting = [await two.run("one_at_a_time", {"seconds": 0}) for _ in range(3)]
