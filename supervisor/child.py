@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 
 READ_BYTES: Final = 64 * 1024
 """At a time, with a turn of the loop between two: so many small events take it 15 ms."""
-BURIED_BYTES: Final = 1024
-"""What a dead child keeps of that, for a transport that still reads on its way down; what it reads is dropped."""
 LINE_BYTES: Final = 8 * 1024
 """A longer line of output is cut into several."""
 LAST_LINES: Final = 40
@@ -343,7 +341,7 @@ class Child(asyncio.BufferedProtocol):
             tell(ExitCause(returncode, self._reason))
 
     def _release(self) -> None:
-        # What is told refers to it, as its transport does: without this all of it waits for the garbage collector,
+        # Who is told refers to it, as its transport does: without this all of it waits for the garbage collector,
         # which comes to what has lived for a while once in many minutes.
         self.hand_over(on_frame=_ignore, on_line=_ignore, on_writable=_ignore, on_exit=_ignore)
         self._outputs.clear()
@@ -354,7 +352,6 @@ class Child(asyncio.BufferedProtocol):
             self._transport.abort()  # one that is not connected yet is aborted by _connect
             self._transport = None
         self._last_words.close()
-        self._buffer = memoryview(bytearray(BURIED_BYTES))
         if self._inputs is None:
             self.arena_down.close()
         self.arena_up.close()

@@ -129,7 +129,7 @@ class GrpcioTransport:
         dial_s = time.monotonic() - began
         connection = Observed.to_port(int(target.rpartition(":")[2]))
         round_trip_s = connection.round_trip_s
-        if not round_trip_s:  # through a proxy
+        if not round_trip_s:  # no Linux, or there is not just one
             round_trip_s = estimated_round_trip(dial_s, _ROUND_TRIPS if self._tls is None else _ROUND_TRIPS_TLS)
         return GrpcioStream(channel, call, connection, round_trip_s, self._arena)
 

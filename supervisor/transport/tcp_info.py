@@ -116,7 +116,12 @@ def _copy(descriptor: int, port: int) -> socket.socket | None:
     """Another descriptor of an open connection to `port`."""
     connection = None
     try:
-        connection = socket.socket(fileno=os.dup(descriptor))
+        copy = os.dup(descriptor)
+        try:
+            connection = socket.socket(fileno=copy)
+        except OSError:  # another file has its number by now
+            os.close(copy)
+            return None
         if connection.type == socket.SOCK_STREAM and connection.getpeername()[1:2] == (port,):
             info = _info(connection)
             if info is not None and info[_STATE_OFFSET] == _ESTABLISHED:

@@ -2,9 +2,9 @@
 
 Owns: how long a message needs until a scheduler has it, and the last rush.
 
-An event that is sent at t arrives at t + rtt/2. An end that is noticed at T left the scheduler at T - rtt/2. So what
-was sent after T - rtt had not arrived when the scheduler ended the stream, and what was sent before had, but for the
-time that either side takes to hand it over.
+An event that is sent at t arrives at t + rtt/2. An end that came at T (tcp_info.py) left the scheduler at T - rtt/2. So
+what was sent after T - rtt had not arrived when the scheduler ended the stream, and what was sent before had, but for
+the time that either side takes to hand it over.
 """
 
 from __future__ import annotations
